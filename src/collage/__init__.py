@@ -1,0 +1,28 @@
+"""torch-collage: training wholly in low precision with multi-component floats (Collage, arXiv 2405.03637).
+
+``collage.AdamW`` is a drop-in optimizer for models in bfloat16 or float16; ``collage.audit`` tells how much of each
+update was lost. Importing this package loads torch and nothing else heavy.
+"""
+
+from collage.kernels import Backend, backends
+from collage.metrics import Audit, audit
+from collage.optim import AdamW, Strategy, strategies, to_low_precision
+from collage.storage import Expansion, Kahan, Master, Rounded, Storage
+from collage.version import __version__
+
+__all__ = [
+    "AdamW",
+    "Audit",
+    "Backend",
+    "Expansion",
+    "Kahan",
+    "Master",
+    "Rounded",
+    "Storage",
+    "Strategy",
+    "__version__",
+    "audit",
+    "backends",
+    "strategies",
+    "to_low_precision",
+]

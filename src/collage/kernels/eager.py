@@ -1,0 +1,189 @@
+"""The definition of the step, in plain torch operations. Every other backend is bit-equal to it.
+
+Tensors are walked in pieces on kept float32 buffers: whole-tensor temporaries are freshly mapped memory each time and
+cost ten times as much as the arithmetic.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from collage.kernels.contract import DRAWS, SUMS, Batch, Layout, Scalars
+from collage.numerics import counter, format_of, round_nearest
+
+# Elements per piece. It divides 2**32, so that a piece never straddles a boundary of the random keys.
+CHUNK = 1 << 17
+
+Parts = dict[str, list[Tensor]]
+
+
+class _Buffers(threading.local):
+    """Scratch of one piece, kept per thread and device."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The buffer of this name, as long as ``like``."""
+        key = (name, like.device, dtype)
+        if key not in self._kept:
+            self._kept[key] = torch.empty(CHUNK, dtype=dtype, device=like.device)
+        return self._kept[key][: like.numel()]
+
+    def index(self, like: Tensor) -> Tensor:
+        """0, 1, 2, ... as int32, as long as ``like``."""
+        key = ("index", like.device, torch.int32)
+        if key not in self._kept:
+            self._kept[key] = torch.arange(CHUNK, dtype=torch.int32, device=like.device)
+        return self._kept[key][: like.numel()]
+
+
+_buffers = _Buffers()
+
+
+def step(batch: Batch) -> Tensor | None:
+    """One AdamW step over all tensors of a batch, in place.
+
+    Returns:
+        None, or for an audited batch a float64 tensor [number of parameters, len(SUMS)] on the batch's device.
+    """
+    rule = _working if batch.arithmetic == "working" else _fp32
+    rows = []
+    for number in range(len(batch.params)):
+        row = batch.params[number].new_zeros(len(SUMS), dtype=torch.float64)
+        scalars = Scalars.of(batch.hyper, batch.steps[number], batch.arithmetic)
+        for parts, grad, start in _pieces(batch, number):
+            before = _snapshot(parts) if batch.audit else None
+            bits = _Draws(batch, number, start, grad)
+            gradient = _gradient(batch, grad)
+            squares = gradient.to(torch.float64) ** 2 if batch.audit else None
+            update = rule(batch.layout, scalars, parts, gradient, bits, batch.audit)
+            if before is not None and squares is not None:
+                row += _sums(batch, parts, before, update, squares)
+        rows.append(row)
+    if not batch.audit:
+        return None
+    return torch.stack(rows) if rows else torch.zeros(0, len(SUMS), dtype=torch.float64)
+
+
+def _pieces(batch: Batch, number: int) -> Iterator[tuple[Parts, Tensor, int]]:
+    """Flat pieces of one parameter's components and gradient, with the index of their first element."""
+    param, state = batch.params[number], batch.states[number]
+    whole = {role: [t.view(-1) for t in batch.layout.parts(role, param, state)] for role, _ in batch.layout.roles}
+    grad = batch.grads[number].view(-1)
+    for start in range(0, param.numel(), CHUNK):
+        end = min(start + CHUNK, param.numel())
+        yield {role: [t[start:end] for t in tensors] for role, tensors in whole.items()}, grad[start:end], start
+
+
+def _gradient(batch: Batch, grad: Tensor) -> Tensor:
+    """The gradient as float32 in a buffer: unscaled, and turned round for maximisation."""
+    gradient = _buffers.take("gradient", grad).copy_(grad)
+    if batch.grad_scale is not None:
+        gradient.div_(torch.tensor(batch.grad_scale, dtype=torch.float32, device=grad.device))
+    return gradient.neg_() if batch.hyper.maximize else gradient
+
+
+class _Draws:
+    """Random bits of one piece; a word is made once and serves two draws."""
+
+    def __init__(self, batch: Batch, number: int, start: int, like: Tensor) -> None:
+        self._key = (batch.seed, batch.ordinals[number], batch.steps[number])
+        self._start = start
+        self._like = like
+        self._made: int | None = None
+
+    def __call__(self, role: str) -> Tensor:
+        """The draw that rounds ``role``: int32 in [0, 2**16), in a buffer."""
+        word = _buffers.take("word", self._like, torch.int32)
+        scratch = _buffers.take("draw", self._like, torch.int32)
+        wanted = DRAWS[role] // 2
+        if self._made != wanted:
+            keys = counter.keys(*self._key, wanted, self._start >> 32)
+            low = self._start & 0xFFFFFFFF
+            # A piece starts at a multiple of its length: or-ing the start in is adding it, without an overflow.
+            torch.bitwise_or(_buffers.index(self._like), counter.as_int32(low), out=word)
+            counter.words(word, keys, out=word, scratch=scratch)
+            self._made = wanted
+        return counter.draw(word, DRAWS[role], out=scratch)
+
+
+Bits = Callable[[str], Tensor]
+
+
+def _fp32(layout: Layout, k: Scalars, parts: Parts, g: Tensor, bits: Bits, audit: bool) -> Tensor:
+    """Load, do the rule in float32, store. Returns the intended update (kept only for an audited step)."""
+    p, m, v, a = (_buffers.take(name, g) for name in ("param", "exp_avg", "exp_avg_sq", "a"))
+    wide = _buffers.take("wide", g, torch.float64)
+    for role, out in (("param", p), ("exp_avg", m), ("exp_avg_sq", v)):
+        getattr(layout, role).load(parts[role], out)
+    # m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) (g g)
+    torch.mul(g, k.one_minus_beta1, out=a)
+    m.mul_(k.beta1).add_(a)
+    torch.mul(g, g, out=a).mul_(k.one_minus_beta2)
+    v.mul_(k.beta2).add_(a)
+    # u = (step_size m) / (sqrt(v) / sqrt(bc2) + eps) - decay p. torch's float32 square root is not correctly rounded.
+    a.copy_(wide.copy_(v).sqrt_()).mul_(k.inverse_bias_correction2_sqrt).add_(k.eps)
+    u = torch.mul(m, k.step_size, out=g).div_(a)
+    if k.decay != 0:
+        u.sub_(torch.mul(p, k.decay, out=a))
+    intended = u.clone() if audit else u
+    for role, value in (("exp_avg", m), ("exp_avg_sq", v)):
+        storage = getattr(layout, role)
+        storage.store(value, parts[role], bits(role) if storage.stochastic else None, a)
+    layout.param.add(parts["param"], p, u, bits("param") if layout.param.stochastic else None, a)
+    return intended
+
+
+def _working(layout: Layout, k: Scalars, parts: Parts, gradient: Tensor, bits: Bits, audit: bool) -> Tensor:
+    """The same rule with every operation rounded to the format (paper section 4, operation by operation). Scalars stay
+    float64 and multiply with one rounding; the square root and the weight decay read hi alone."""
+    fmt = format_of(parts["param"][0])
+
+    def rounded(x: Tensor) -> Tensor:
+        """Rounds a float64 result once; the values of the format are exact in float64."""
+        return round_nearest(x, fmt).to(torch.float64)
+
+    g = rounded(gradient.to(torch.float64))
+    layout.exp_avg.working_average(parts["exp_avg"], k.beta1, rounded(g * k.one_minus_beta1).to(fmt.dtype))
+    addend = rounded(rounded(g * g) * k.one_minus_beta2).to(fmt.dtype)
+    layout.exp_avg_sq.working_average(parts["exp_avg_sq"], k.beta2, addend)
+    m, v, theta = (parts[role][0].to(torch.float64) for role in ("exp_avg", "exp_avg_sq", "param"))
+    root = rounded(rounded(v.sqrt()) / torch.tensor(k.bias_correction2_sqrt, dtype=torch.float64, device=v.device))
+    u = rounded(rounded(m * k.step_size) / rounded(root + k.eps))
+    if k.decay != 0:
+        u = rounded(u - rounded(theta * k.decay))
+    layout.param.working_add(parts["param"], u.to(fmt.dtype))
+    return u
+
+
+def _snapshot(parts: Parts) -> Parts:
+    return {role: [tensor.clone() for tensor in parts[role]] for role in ("param", "exp_avg_sq")}
+
+
+def _sums(batch: Batch, after: Parts, before: Parts, update: Tensor, squares: Tensor) -> Tensor:
+    """One piece's row of :data:`SUMS`."""
+    u = update.to(torch.float64)
+    moved = batch.layout.param.moved(after["param"], before["param"])
+    moved_hi = after["param"][0].to(torch.float64) - before["param"][0].to(torch.float64)
+    v = batch.layout.exp_avg_sq.exact(before["exp_avg_sq"])
+    beta2 = batch.hyper.beta2
+    decaying = (v > 0) & ((beta2 * v + (1.0 - beta2) * squares - v).abs() > 0)
+    moved_v = batch.layout.exp_avg_sq.moved(after["exp_avg_sq"], before["exp_avg_sq"])
+    wanted = u != 0
+    return torch.stack(
+        [
+            (moved * u).sum(),
+            (moved_hi * u).sum(),
+            (u * u).sum(),
+            wanted.sum(),
+            (wanted & (moved == 0)).sum(),
+            (wanted & (moved_hi == 0)).sum(),
+            decaying.sum(),
+            (decaying & (moved_v == 0)).sum(),
+        ]
+    ).to(torch.float64)

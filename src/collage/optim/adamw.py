@@ -1,0 +1,409 @@
+"""AdamW over storages (paper section 4): one rule, any precision strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from collage import kernels
+from collage.kernels import Batch, Hyper, Layout
+from collage.optim import statedict
+from collage.optim.lowprecision import take_full_value, warn_of_replaced
+from collage.optim.strategies import Strategy, resolve, strategies
+
+ARITHMETICS = ("fp32", "working")
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """What one parameter contributes to an audited step.
+
+    Attributes:
+        group: index of its parameter group.
+        param: the parameter.
+        name: its name if the optimizer was given named parameters, else None.
+        sums: float64 tensor of :data:`collage.kernels.SUMS`.
+    """
+
+    group: int
+    param: Tensor
+    name: str | None
+    sums: Tensor
+
+
+class Observer(Protocol):
+    """What :meth:`AdamW.add_observer` takes."""
+
+    def wants(self, step: int) -> bool:
+        """Whether the step with this number (from 1) should return its sums."""
+        ...
+
+    def record(self, step: int, rows: Sequence[StepRow]) -> None:
+        """Receives them."""
+        ...
+
+
+@dataclass
+class _Member:
+    """A parameter that takes part in a step."""
+
+    group: int
+    ordinal: int
+    param: Tensor
+    grad: Tensor
+    name: str | None
+    layout: Layout
+    arithmetic: str
+
+
+class AdamW(Optimizer):
+    """AdamW whose parameters and moments are kept as a precision strategy says.
+
+    A drop-in for :class:`torch.optim.AdamW` on parameters of torch.bfloat16 or torch.float16. Parameters of
+    torch.float32 in the same model step as plain float32. Gradients may be of the parameter's dtype or float32 and are
+    never written. Weight decay is part of the compensated update.
+
+    A gradient that is not finite makes the elements it touches (moments and parameter) not finite, as in torch; the
+    other elements step as usual. Use a loss scaler or a check before the step where that may happen.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or parameter groups. A group may set any option below but those
+            after ``maximize`` for itself.
+        lr: learning rate, >= 0; a float or a tensor of one element.
+        betas: decay rates of the moments, each in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: decoupled weight decay, >= 0.
+        strategy: a name of :func:`collage.strategies` or a :class:`collage.Strategy`.
+        arithmetic: "fp32": load, do the rule in float32, store. "working": every operation rounded to the parameter's
+            format, as the paper has it; for study, and only where no component is rounded stochastically.
+        backend: None chooses by device; a name of :func:`collage.backends` insists on it.
+        maximize: ascend instead of descend.
+        seed: of the stochastic roundings.
+        amsgrad: must be False.
+        differentiable: must be False.
+        foreach, fused, capturable: accepted for compatibility, without effect.
+
+    Raises:
+        ValueError: an option out of its range, a parameter that the strategy cannot serve.
+        TypeError: a parameter that is not a floating-point tensor.
+    """
+
+    # GradScaler then hands grad_scale and found_inf to the step instead of refusing float16 gradients.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        strategy: str | Strategy = "plus",
+        arithmetic: str = "fp32",
+        backend: str | None = None,
+        maximize: bool = False,
+        seed: int = 0,
+        amsgrad: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        if amsgrad:
+            raise ValueError("amsgrad=True is not served: the method has no third moment; use amsgrad=False")
+        if differentiable:
+            raise ValueError("differentiable=True is not served: the step rounds; use differentiable=False")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "strategy": strategy,
+            "arithmetic": arithmetic,
+            "backend": backend,
+            "maximize": maximize,
+            "seed": seed,
+            "amsgrad": amsgrad,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        self._observers: list[Observer] = []
+        super().__init__(params, defaults)
+        warn_of_replaced()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores from a pickle, a deep copy or a loaded state dict; observers stay with the original."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_observers", [])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, checked before anything of the optimizer changes. See :class:`torch.optim.Optimizer`."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        first = sum(len(each["params"]) for each in self.param_groups[:-1])
+        for ordinal, param in enumerate(group["params"], first):
+            value = take_full_value(param)
+            if value is not None:
+                layout = resolve(group["strategy"]).layout(param.dtype)
+                self._create_state(param, layout, ordinal, value)
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step. All gradients are checked before the first parameter changes.
+
+        On a fresh optimizer a step with lr = 0 and zero gradients, as FSDP and DCP make them to create the state, does
+        that and nothing else; it is not counted.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError, TypeError: a gradient that cannot be used; parameters and state are as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return loss
+        members = self._members()
+        for member in members:
+            if not self.state[member.param]:
+                self._create_state(member.param, member.layout, member.ordinal)
+        members = [member for member in members if not self._only_creates_state(member)]
+        number = max((self._step_of(member.param) for member in members), default=0) + 1
+        observers = [observer for observer in self._observers if members and observer.wants(number)]
+        rows: list[StepRow] = []
+        for batch, batch_members in self._batches(members, audit=bool(observers)):
+            sums = kernels.step(batch, self.param_groups[batch_members[0].group]["backend"])
+            if sums is not None:
+                rows += [StepRow(m.group, m.param, m.name, row) for m, row in zip(batch_members, sums, strict=True)]
+        for observer in observers:
+            observer.record(number, rows)
+        return loss
+
+    def _members(self) -> list[_Member]:
+        """Every parameter that has a gradient, checked."""
+        members = []
+        ordinal = -1
+        for index, group in enumerate(self.param_groups):
+            _check_hyper(group)
+            names = group.get("param_names", [None] * len(group["params"]))
+            strategy = resolve(group["strategy"])
+            for param, name in zip(group["params"], names, strict=True):
+                ordinal += 1
+                if param.grad is None:
+                    continue
+                _check_grad(param, param.grad, name)
+                layout = _layout(strategy, param.dtype)
+                # A float32 parameter steps as plain float32 whatever the strategy and its arithmetic.
+                arithmetic = "fp32" if param.dtype == torch.float32 else group["arithmetic"]
+                members.append(_Member(index, ordinal, param, param.grad, name, layout, arithmetic))
+        return members
+
+    def _batches(self, members: Iterable[_Member], audit: bool) -> Iterable[tuple[Batch, list[_Member]]]:
+        """Groups members into calls of a backend; after each call its steps are counted."""
+        batches: dict[tuple[Any, ...], list[_Member]] = {}
+        for m in members:
+            key = (m.group, m.param.device, m.layout, m.arithmetic, m.param.dtype, m.grad.dtype)
+            batches.setdefault(key, []).append(m)
+        for batch_members in batches.values():
+            group = self.param_groups[batch_members[0].group]
+            params = [m.param.detach().contiguous() for m in batch_members]
+            states = [self.state[m.param] for m in batch_members]
+            yield (
+                Batch(
+                    layout=batch_members[0].layout,
+                    hyper=_hyper(group),
+                    arithmetic=batch_members[0].arithmetic,
+                    seed=group["seed"],
+                    params=params,
+                    grads=[m.grad.detach().contiguous() for m in batch_members],
+                    states=states,
+                    steps=[self._step_of(m.param) + 1 for m in batch_members],
+                    ordinals=[int(state.get("ordinal", 0)) for state in states],
+                    grad_scale=self._grad_scale(),
+                    audit=audit,
+                ),
+                batch_members,
+            )
+            for m, param in zip(batch_members, params, strict=True):
+                if not m.param.is_contiguous():
+                    m.param.copy_(param)
+            for state in states:
+                state["step"] += 1
+
+    def _grad_scale(self) -> float | None:
+        scale = getattr(self, "grad_scale", None)
+        return None if scale is None else float(scale)
+
+    def _step_of(self, param: Tensor) -> int:
+        return int(self.state[param]["step"])
+
+    def _only_creates_state(self, member: _Member) -> bool:
+        lr = float(self.param_groups[member.group]["lr"])
+        return lr == 0 and self._step_of(member.param) == 0 and not bool(member.grad.any())
+
+    def _create_state(self, param: Tensor, layout: Layout, ordinal: int, value: Tensor | None = None) -> None:
+        """Zero moments and a parameter that holds ``value`` (float32), or itself."""
+        state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.float32)}
+        if layout.stochastic:
+            state["ordinal"] = torch.tensor(ordinal, dtype=torch.int64)
+        for name, dtype in layout.state_names(param.dtype).items():
+            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
+        full = (param if value is None else value).detach().to(torch.float32, copy=True)
+        with torch.no_grad():
+            layout.param.store(full, layout.parts("param", param.detach(), state), None, torch.empty_like(full))
+        self.state[param] = state
+
+    # ---- what people ask of it -------------------------------------------------------------------------------------
+
+    def full_param(self, param: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The value that the strategy really holds for a parameter: hi + lo, or the master copy.
+
+        Args:
+            param: a parameter of this optimizer.
+            dtype: torch.float32 or torch.float64 (exact).
+
+        Returns:
+            A new tensor of the parameter's shape.
+
+        Raises:
+            ValueError: not a parameter of this optimizer, or another dtype.
+        """
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        for group in self.param_groups:
+            if any(each is param for each in group["params"]):
+                state = self.state.get(param)
+                if not state:
+                    return param.detach().to(dtype, copy=True)
+                layout = _layout(resolve(group["strategy"]), param.dtype)
+                return layout.param.exact(layout.parts("param", param.detach(), state)).to(dtype)
+        raise ValueError("full_param takes a parameter of this optimizer; this tensor is in none of its groups")
+
+    def unscale_(self, scaler: torch.amp.GradScaler) -> None:
+        """Divides the gradients by a scaler's loss scale, before clipping: ``scaler.unscale_`` refuses float16
+        gradients. ``scaler.step(optimizer)`` then knows that it is done.
+
+        Raises:
+            RuntimeError: already unscaled since the last ``scaler.update()``.
+        """
+        statedict.unscale_(self, scaler)
+
+    def add_observer(self, observer: Observer) -> None:
+        """Lets ``observer`` have the sums of the steps it wants."""
+        self._observers.append(observer)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """The opposite of :meth:`add_observer`; nothing if it does not observe."""
+        self._observers = [each for each in self._observers if each is not observer]
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in its own dtypes, cloned: it does not change with later steps. Plain types and tensors only."""
+        return statedict.detached(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of the same strategy with every dtype kept, cloned.
+
+        Raises:
+            ValueError: another strategy, other tensors, dtypes or shapes; the optimizer is as it was. To change the
+                strategy, use ``collage.convert``.
+        """
+        with statedict.exact_loading(self):
+            super().load_state_dict(state_dict)
+
+
+@cache
+def _layout(strategy: Strategy, dtype: torch.dtype) -> Layout:
+    return strategy.layout(dtype)
+
+
+def _hyper(group: dict[str, Any]) -> Hyper:
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    return Hyper(
+        float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), bool(group["maximize"])
+    )
+
+
+def _check_hyper(group: dict[str, Any]) -> None:
+    """Raises ValueError for a hyper-parameter out of its range; nan is out of every range."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = group[name]
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} as a tensor must have one element, got shape {tuple(value.shape)}")
+        if not 0.0 <= float(value) < float("inf"):
+            raise ValueError(f"{name} must be finite and >= 0, got {float(value)}")
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas must be two numbers, got {group['betas']!r}")
+    for index, beta in enumerate(group["betas"]):
+        if not 0.0 <= float(beta) < 1.0:
+            raise ValueError(f"betas[{index}] must be in [0, 1), got {float(beta)}")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raises unless a parameter group can be stepped."""
+    _check_hyper(group)
+    kernels.check_backend(group["backend"])
+    strategy = resolve(group["strategy"])
+    arithmetic = group["arithmetic"]
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {arithmetic!r}")
+    if arithmetic == "working" and not strategy.has_working_arithmetic:
+        able = ", ".join(each.name for each in strategies().values() if each.has_working_arithmetic)
+        raise ValueError(f"arithmetic='working' is not defined for strategy {strategy.name!r}; it is for {able}")
+    if arithmetic == "working" and group["backend"] not in (None, "eager"):
+        raise ValueError(f"arithmetic='working' runs on backend 'eager' alone, got {group['backend']!r}")
+    names = group.get("param_names", [None] * len(group["params"]))
+    for param, name in zip(group["params"], names, strict=True):
+        if not param.is_floating_point():
+            raise TypeError(
+                f"{_called(name)} is {param.dtype}; allowed: floating-point parameters (not complex, integer)"
+            )
+        strategy.layout(param.dtype)
+
+
+def _check_grad(param: Tensor, grad: Tensor, name: str | None) -> None:
+    """Raises unless a gradient can be used."""
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"{_called(name)} has a gradient of layout {grad.layout}; allowed: dense gradients. Construct the "
+            "embedding with sparse=False, or step it with torch.optim.SparseAdam"
+        )
+    if grad.dtype not in (param.dtype, torch.float32):
+        raise TypeError(
+            f"{_called(name)} is {param.dtype} with a gradient of {grad.dtype}; allowed: its own or float32"
+        )
+    if grad.shape != param.shape or grad.device != param.device:
+        raise ValueError(
+            f"{_called(name)} has shape {tuple(param.shape)} on {param.device}, its gradient {tuple(grad.shape)} on "
+            f"{grad.device}; they must agree"
+        )
+
+
+def _called(name: str | None) -> str:
+    return "a parameter" if name is None else f"parameter {name!r}"

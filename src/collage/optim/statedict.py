@@ -1,0 +1,132 @@
+"""State dicts that keep every dtype and share no memory with the optimizer; and the loss scaler's handshake.
+
+:meth:`torch.optim.Optimizer.load_state_dict` casts every floating and integer state to the parameter's dtype and its
+casting policy cannot be overridden, so the tensors are kept out of its hands and put in afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim.optimizer import Optimizer
+
+from collage.optim.strategies import Strategy, resolve
+
+
+def detached(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with cloned tensors and strategies in plain form."""
+    state = {
+        key: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
+        for key, entry in state_dict["state"].items()
+    }
+    groups = []
+    for group in state_dict["param_groups"]:
+        plain = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
+        if isinstance(plain["strategy"], Strategy):
+            plain["strategy"] = plain["strategy"].to_dict()
+        groups.append(plain)
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+@contextmanager
+def exact_loading(optimizer: Optimizer) -> Iterator[None]:
+    """Within it ``optimizer``'s base ``load_state_dict`` checks the whole state first, then loads it bit for bit."""
+    stash: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def check_and_stash(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        check(optimizer, state_dict)
+        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+            for param, key in zip(group["params"], saved["params"], strict=True):
+                if state_dict["state"].get(key):
+                    stash.append((param, state_dict["state"][key]))
+        return {**state_dict, "state": {}}
+
+    def put_in(_: Optimizer) -> None:
+        for param, entry in stash:
+            optimizer.state[param] = {name: _placed(name, value, param) for name, value in entry.items()}
+
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(check_and_stash),
+        optimizer.register_load_state_dict_post_hook(put_in, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _placed(name: str, value: Any, param: Tensor) -> Any:
+    """A clone on the parameter's device; counters stay on the CPU, where the step reads them."""
+    if not isinstance(value, Tensor):
+        return value
+    device = torch.device("cpu") if name in ("step", "ordinal") else param.device
+    return value.detach().to(device, copy=True).contiguous()
+
+
+def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Raises ValueError unless every tensor of the state belongs to the optimizer's parameters and strategies."""
+    saved_groups = state_dict["param_groups"]
+    groups = optimizer.param_groups
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+        raise ValueError(
+            f"the state has parameter groups of {[len(group['params']) for group in saved_groups]} parameters, the "
+            f"optimizer of {[len(group['params']) for group in groups]}; construct it with the same groups"
+        )
+    for group, saved in zip(groups, saved_groups, strict=True):
+        if "strategy" not in saved:
+            raise ValueError(
+                "this is not a state of a collage optimizer (no strategy in its groups): see collage.convert"
+            )
+        mine, theirs = resolve(group["strategy"]), resolve(saved["strategy"])
+        if mine != theirs:
+            raise ValueError(
+                f"the state was saved with strategy {theirs.name!r}, the optimizer has {mine.name!r}; construct it "
+                f"with strategy={theirs.name!r}, or change the state with collage.convert"
+            )
+        for param, key in zip(group["params"], saved["params"], strict=True):
+            entry = state_dict["state"].get(key)
+            if entry:
+                _check_entry(entry, param, mine, key)
+    unknown = set(state_dict["state"]) - {key for saved in saved_groups for key in saved["params"]}
+    if unknown:
+        raise ValueError(f"the state has entries {sorted(map(str, unknown))} that belong to no parameter")
+
+
+def _check_entry(entry: dict[str, Any], param: Tensor, strategy: Strategy, key: Any) -> None:
+    layout = strategy.layout(param.dtype)
+    wanted = layout.state_names(param.dtype)
+    counters = {"step"} | ({"ordinal"} if layout.stochastic else set())
+    if set(entry) != set(wanted) | counters:
+        raise ValueError(
+            f"the state of parameter {key} has {sorted(entry)}; strategy {strategy.name!r} on {param.dtype} keeps "
+            f"{sorted(set(wanted) | counters)}. See collage.convert"
+        )
+    for name, dtype in wanted.items():
+        if entry[name].dtype != dtype or entry[name].shape != param.shape:
+            raise ValueError(
+                f"{name} of parameter {key} is {entry[name].dtype} {tuple(entry[name].shape)}; strategy "
+                f"{strategy.name!r} keeps {dtype} {tuple(param.shape)} there"
+            )
+
+
+def unscale_(optimizer: Optimizer, scaler: GradScaler) -> None:
+    """See :meth:`collage.AdamW.unscale_`. Follows the scaler's own ``unscale_``, which refuses float16 gradients; the
+    scaler has no public way to be told."""
+    if not scaler.is_enabled():
+        return
+    record = scaler._per_optimizer_states[id(optimizer)]
+    if record["stage"] is not OptState.READY:
+        raise RuntimeError("unscale_ has been called, or the step made, since the last scaler.update(); call it once")
+    scale = scaler._scale
+    if scale is None:
+        raise RuntimeError("the scaler has scaled no loss yet: call scaler.scale(loss).backward() before unscale_")
+    inverse = scale.double().reciprocal().float()
+    found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
+    record["found_inf_per_device"] = scaler._unscale_grads_(optimizer, inverse, found_inf, True)
+    record["stage"] = OptState.UNSCALED

@@ -1,0 +1,133 @@
+"""The table of precision strategies: which storage keeps the parameter and each moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from collage.kernels import ROLES, Layout
+from collage.numerics import FP32, Format
+from collage.storage import Expansion, Kahan, Master, Rounded, Storage
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A choice of how each logical tensor of the training state is stored.
+
+    Attributes:
+        name: for tables and checkpoints.
+        param: storage of the parameter.
+        exp_avg: storage of AdamW's first moment m.
+        exp_avg_sq: storage of its second moment v.
+        summary: one line for people.
+
+    Storages whose format is None take the parameter's own.
+    """
+
+    name: str
+    param: Storage
+    exp_avg: Storage
+    exp_avg_sq: Storage
+    summary: str = ""
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        """The storages for parameters of ``dtype``: a float32 parameter steps as plain float32 whatever the strategy.
+
+        Raises:
+            ValueError: the strategy cannot serve parameters of this dtype.
+        """
+        if dtype == torch.float32:
+            return Layout(_NEAREST, _NEAREST, _NEAREST)
+        if dtype not in LOW_PRECISION:
+            allowed = ", ".join(str(each) for each in (*LOW_PRECISION, torch.float32))
+            raise ValueError(
+                f"strategy {self.name!r} cannot serve parameters of {dtype}; allowed: {allowed}. Cast the model, for "
+                "example with collage.to_low_precision(model, torch.bfloat16)"
+            )
+        own = self.param.components(dtype)[0].dtype
+        if own != dtype:
+            raise ValueError(
+                f"strategy {self.name!r} keeps parameters in {own}, got a parameter of {dtype}; cast the model to "
+                f"{own} or take a strategy for low-precision parameters such as 'plus'"
+            )
+        return Layout(self.param, self.exp_avg, self.exp_avg_sq)
+
+    def bytes_per_param(self, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> float:
+        """Bytes per parameter: the parameter with its extras, both moments, and the gradient in the parameter's dtype.
+
+        Args:
+            dtype: of the model's parameters; a strategy that fixes their format (fp32) counts with its own.
+            grad: whether to count the gradient.
+        """
+        stored = sum(getattr(self, role).bytes_per_element(dtype) for role in ROLES)
+        return stored + (self.param.components(dtype)[0].dtype.itemsize if grad else 0)
+
+    @property
+    def has_working_arithmetic(self) -> bool:
+        """Whether ``arithmetic="working"`` is defined for it."""
+        return all(getattr(self, role).has_working_arithmetic for role in ROLES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for checkpoints and run files."""
+        record: dict[str, Any] = {"name": self.name, "summary": self.summary}
+        for role in ROLES:
+            storage = getattr(self, role)
+            settings = {f.name: getattr(storage, f.name) for f in fields(storage)}
+            plain = {key: value.name if isinstance(value, Format) else value for key, value in settings.items()}
+            record[role] = {"storage": type(storage).__name__, **plain}
+        return record
+
+    @staticmethod
+    def from_dict(record: dict[str, Any]) -> Strategy:
+        """The inverse of :meth:`to_dict`."""
+        storages = {}
+        for role in ROLES:
+            settings = dict(record[role])
+            storages[role] = _STORAGES[settings.pop("storage")](**settings)
+        return Strategy(record["name"], **storages, summary=record.get("summary", ""))
+
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+_STORAGES: dict[str, type[Storage]] = {each.__name__: each for each in (Rounded, Expansion, Kahan, Master)}
+_NEAREST = Rounded()
+_FP32 = Rounded(FP32)
+_UNBIASED = Expansion(2, rounding="stochastic")
+
+_TABLE = (
+    Strategy("plain", _NEAREST, _NEAREST, _NEAREST, "everything to nearest: loses small updates (paper: A)"),
+    Strategy("stochastic", Rounded(rounding="stochastic"), _NEAREST, _NEAREST, "parameter rounded stochastically"),
+    Strategy("kahan", Kahan(), _NEAREST, _NEAREST, "parameter with a Kahan compensation"),
+    Strategy("light", _UNBIASED, _NEAREST, _NEAREST, "parameter as hi + lo, lo unbiased (paper: B)"),
+    Strategy("plus", _UNBIASED, _NEAREST, _UNBIASED, "parameter and v as hi + lo, lo unbiased (paper: C)"),
+    Strategy("light-nearest", Expansion(2), _NEAREST, _NEAREST, "light with lo to nearest, as published"),
+    Strategy("plus-nearest", Expansion(2), _NEAREST, Expansion(2), "plus with lo to nearest, as published"),
+    Strategy("fp32-states", _NEAREST, _FP32, _FP32, "moments in float32, parameter to nearest (paper: D^-MW)"),
+    Strategy("mixed", Master(), _FP32, _FP32, "float32 master copy and moments (paper: D)"),
+    Strategy("fp32", _FP32, _FP32, _FP32, "everything in float32"),
+)
+
+
+def strategies() -> dict[str, Strategy]:
+    """Name -> record of every strategy, in the order of the documentation's table."""
+    return {strategy.name: strategy for strategy in _TABLE}
+
+
+def resolve(strategy: str | Strategy | dict[str, Any]) -> Strategy:
+    """The record that a name, a record or a record's plain form means.
+
+    Raises:
+        ValueError: no record bears the name; the message lists those there are.
+        TypeError: it is something else.
+    """
+    if isinstance(strategy, Strategy):
+        return strategy
+    if isinstance(strategy, dict):
+        return Strategy.from_dict(strategy)
+    if not isinstance(strategy, str):
+        raise TypeError(f"strategy must be a name or a collage.Strategy, got {type(strategy).__name__}")
+    known = strategies()
+    if strategy not in known:
+        raise ValueError(f"no strategy is called {strategy!r}; there are {', '.join(known)}")
+    return known[strategy]

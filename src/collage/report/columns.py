@@ -1,0 +1,131 @@
+"""The columns of every table, once: heading, plain-word explanation and how a row's figure is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from collage.report.groups import BASELINE
+
+MISSING = "–"
+MEGABYTE = 1e6
+
+Row = Mapping[str, Any]
+
+
+def plain(value: float | None, form: str = ".4f") -> str:
+    """`value` in the format `form`, or a dash for None."""
+    return MISSING if value is None else format(value, form)
+
+
+def with_spread(value: float | None, spread: float | None, form: str = ".4f") -> str:
+    """`value ± spread`; the value alone where there is no spread."""
+    return plain(value, form) if value is None or spread is None else f"{value:{form}} ± {spread:.4f}"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage: two significant digits below one, `0` for none at all."""
+    if share is None:
+        return MISSING
+    if share == 0.0:
+        return "0"
+    hundredths = 100.0 * share
+    return f"{hundredths:.1f}" if hundredths >= 0.95 else f"{hundredths:.2g}" if hundredths >= 0.01 else "< 0.01"
+
+
+def megabytes(count: float | None) -> str:
+    """A number of bytes in MB (10^6 bytes)."""
+    if count is None:
+        return MISSING
+    return f"{count / MEGABYTE:,.0f}" if count >= 100 * MEGABYTE else f"{count / MEGABYTE:.2f}"
+
+
+def _difference(row: Row) -> str:
+    if row["strategy"] == BASELINE:
+        return "0"
+    difference = row.get(f"difference_from_{BASELINE}")
+    return with_spread(difference["mean"], difference["spread"], "+.4f") if difference else MISSING
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: `show(row)` is the text of its cell."""
+
+    heading: str
+    explanation: str
+    show: Callable[[Row], str]
+
+
+COLUMNS = (
+    Column(
+        "strategy",
+        "How the weights and the optimizer's two moving averages are stored. Everything else is the same.",
+        lambda row: row["label"],
+    ),
+    Column(
+        "validation loss",
+        "Mean cross-entropy, in nats per token, on text that was not trained on; less is better. The mean over "
+        "the seeds ± their sample standard deviation (with one seed there is no ±).",
+        lambda row: with_spread(row["validation_loss"], row["validation_loss_spread"]),
+    ),
+    Column(
+        f"minus {BASELINE}",
+        f"Validation loss minus that of the strategy {BASELINE} at the same seed, so from the same initial "
+        "weights and the same batches: the mean of these differences ± their standard deviation. A plus sign "
+        f"means worse than {BASELINE}.",
+        _difference,
+    ),
+    Column(
+        "perplexity",
+        "e to the power of the validation loss: as unsure as a choice among so many equally likely tokens.",
+        lambda row: plain(row["perplexity"], ".3f"),
+    ),
+    Column(
+        "EDQ ratio",
+        "Effective descent: how far the stored weights moved in the intended direction, as a share of the "
+        "intended way. 1 means that nothing is lost. The mean over the audited steps of the last tenth of the "
+        "run, where the learning rate is small.",
+        lambda row: plain(row["edq_ratio"]),
+    ),
+    Column(
+        "lost updates %",
+        "Share of the weights whose stored value did not change in a step although it should have. Over the "
+        "same steps as the EDQ ratio.",
+        lambda row: percent(row["lost_fraction"]),
+    ),
+    Column(
+        "lost v %",
+        "Share of the entries of v, the moving average of squared gradients, that stood still in a step "
+        "although they should have changed; v sets the size of each step. Over the same steps.",
+        lambda row: percent(row["v_lost_fraction"]),
+    ),
+    Column(
+        "bytes/param",
+        "Bytes kept for each parameter: weight, gradient, both moving averages, and what the strategy adds.",
+        lambda row: plain(row["bytes_per_param"], ".4g"),
+    ),
+    Column(
+        "state MB",
+        "Measured size of the optimizer's state (both moving averages and what the strategy adds, without "
+        "weights and gradients); 1 MB is a million bytes.",
+        lambda row: megabytes(row["state_bytes"]),
+    ),
+    Column(
+        "peak MB",
+        "The largest memory that the run's process held on its device; on a CPU this includes Python and its "
+        "libraries, which outweigh a small model.",
+        lambda row: megabytes(row["peak_memory_bytes"]),
+    ),
+    Column(
+        "tokens/s",
+        "Tokens trained per second, the median over the steps. Runs that were made at the same time on the "
+        "same cores slow each other down, so read it as an order of magnitude.",
+        lambda row: plain(row["tokens_per_s"], ",.0f"),
+    ),
+)
+
+
+def cells(row: Row) -> list[str]:
+    """The texts of one row, in the order of `COLUMNS`."""
+    return [column.show(row) for column in COLUMNS]

@@ -1,0 +1,135 @@
+"""Which runs belong together: one group per strategy and settings, its runs differing in the seed alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from collage.report.runs import Run, RunFilesError, section
+
+BASELINE = "mixed"
+"""The strategy that every other is measured against."""
+
+METHOD = ("arithmetic", "backend", "dtype")
+"""Settings that, with the strategy, say how the state is stored: part of a group, free to differ in a comparison."""
+
+IGNORED = ("seed", "strategy", "checkpoint_every", "keep_checkpoints", "log_every", "device", "threads")
+"""Settings that separate no groups: the seed is what a group varies, the others leave the result as it is."""
+
+FOLDER = "folder"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, in the order of their seeds."""
+
+    label: str
+    strategy: str
+    conditions: Mapping[str, str]
+    runs: tuple[Run, ...]
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        """The runs whose final figures count."""
+        return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def shown(self) -> tuple[Run, ...]:
+        """The runs whose curves are drawn: the finished ones, or all while none has finished."""
+        return self.finished or self.runs
+
+
+def _settings(run: Run, folders: bool) -> dict[str, str]:
+    config = {key: value for key, value in run.config.items() if key not in IGNORED}
+    config["corpus"] = section(run.record, "corpus").get("sha256", "")
+    if folders:
+        config[FOLDER] = str(run.path.parent)
+    return {key: json.dumps(value, sort_keys=True) for key, value in config.items()}
+
+
+def differing(runs: Sequence[Run], *, folders: bool = False) -> list[str]:
+    """The settings (neither seed nor strategy) in which `runs` do not all agree."""
+    settings = [_settings(run, folders) for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    return [key for key in keys if len({each.get(key, "") for each in settings}) > 1]
+
+
+def _label(strategy: str, settings: Mapping[str, str]) -> str:
+    parts = (value.strip('"')[:60] if key != "corpus" else value.strip('"')[:8] for key, value in settings.items())
+    named = ", ".join(f"{key} {part or '?'}" for key, part in zip(settings, parts, strict=True))
+    return f"{strategy} ({named})" if named else strategy
+
+
+def _bytes_order(group: Group) -> tuple[float, str, str]:
+    return (group.runs[0].figure("bytes_per_param") or 0.0, group.strategy, group.label)
+
+
+def _grouped(runs: Sequence[Run], folders: bool) -> list[Group]:
+    keys = differing(runs, folders=folders)
+    members: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        settings = _settings(run, folders)
+        members.setdefault((run.strategy, *(settings.get(key, "") for key in keys)), []).append(run)
+    groups = []
+    for (strategy, *values), own in members.items():
+        settings = dict(zip(keys, values, strict=True))
+        conditions = {key: value for key, value in settings.items() if key not in METHOD}
+        ordered = tuple(sorted(own, key=lambda run: run.seed))
+        groups.append(Group(_label(strategy, settings), strategy, conditions, ordered))
+    return sorted(groups, key=_bytes_order)
+
+
+def _repeated_seed(groups: Iterable[Group]) -> tuple[Run, Run] | None:
+    for group in groups:
+        for first, second in zip(group.runs, group.runs[1:], strict=False):
+            if first.seed == second.seed:
+                return first, second
+    return None
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """The groups of `runs`, by bytes per parameter and then by name.
+
+    Runs of one strategy that differ in a setting stand in groups of their own, named by what differs; so do
+    runs that repeat a seed in different folders.
+
+    Raises:
+        RunFilesError: two runs of one folder have the same strategy, settings and seed.
+    """
+    groups = _grouped(runs, folders=False)
+    if _repeated_seed(groups):
+        groups = _grouped(runs, folders=True)
+    if repeated := _repeated_seed(groups):
+        first, second = repeated
+        raise RunFilesError(
+            f"{first.path} and {second.path} are both {first.strategy} with seed {first.seed} and the same "
+            "settings; give only one of them"
+        )
+    return groups
+
+
+def baseline_of(group: Group, groups: Iterable[Group]) -> Group | None:
+    """The group of `BASELINE` trained under the conditions of `group`, or None; a baseline has none itself."""
+    if group.strategy == BASELINE:
+        return None
+    matching = [each for each in groups if each.strategy == BASELINE and each.conditions == group.conditions]
+    return matching[0] if matching else None
+
+
+def start_mismatches(runs: Iterable[Run]) -> list[str]:
+    """Sentences on runs of one seed whose initial weights or batches differ, so that they can't be compared.
+
+    Runs are only held against others of the same seed and settings, by the hashes in their `run.json`.
+    """
+    problems = []
+    for key, what in (("init_sha256", "initial weights"), ("batches_sha256", "batches")):
+        seen: dict[tuple[object, ...], Run] = {}
+        for run in runs:
+            settings = {k: v for k, v in _settings(run, folders=False).items() if k not in METHOD}
+            if not run.record.get(key):
+                continue
+            first = seen.setdefault((run.seed, *sorted(settings.items())), run)
+            if first.record[key] != run.record[key]:
+                problems.append(f"{first.name} and {run.name} have the same seed but different {what} ({key})")
+    return problems

@@ -1,0 +1,166 @@
+"""Reading what runs left behind: `run.json`, `metrics.jsonl` and `compare.json`.
+
+Files of any age are read: a field that a file does not have is None, and nothing here insists on more than a
+`run.json` that is a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collage.train.config import UserError
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+COMPARE_FILE = "compare.json"
+
+
+class RunFilesError(UserError):
+    """Run files that are missing or cannot be read."""
+
+
+def number(value: object) -> float | None:
+    """`value` as a finite float, or None where it is absent, not a number or not finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def section(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The JSON object at `key`, empty where the file has none."""
+    value = record.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory: the record of `run.json` and the records of `metrics.jsonl` in step order."""
+
+    path: Path
+    record: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The run's own name, or its directory's."""
+        return str(self.record.get("name") or self.path.name)
+
+    @property
+    def strategy(self) -> str:
+        """The strategy's name."""
+        return str(self.record.get("strategy") or self.config.get("strategy") or "unknown")
+
+    @property
+    def seed(self) -> int:
+        """The seed, 0 where the file names none."""
+        return int(number(self.record.get("seed", self.config.get("seed"))) or 0)
+
+    @property
+    def status(self) -> str:
+        """`running`, `finished`, `interrupted`, `failed`, or `unknown`."""
+        return str(self.record.get("status") or "unknown")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end, so that its final figures may be compared."""
+        return self.status == "finished"
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The resolved configuration."""
+        return section(self.record, "config")
+
+    def final(self, key: str) -> float | None:
+        """A final figure."""
+        return number(section(self.record, "final").get(key))
+
+    def figure(self, key: str) -> float | None:
+        """A figure of `run.json` itself, such as `peak_memory_bytes`."""
+        return number(self.record.get(key))
+
+    @property
+    def last_step(self) -> int:
+        """The last step that left a record, 0 if none did."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    def series(self, key: str) -> dict[int, float]:
+        """Step -> value over the records that bear `key`; a null there is nan."""
+        values = ((int(record["step"]), number(record[key])) for record in self.metrics if key in record)
+        return {step: math.nan if value is None else value for step, value in values}
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFilesError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RunFilesError(f"{file} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_metrics(file: Path) -> tuple[Mapping[str, Any], ...]:
+    """The records of a `metrics.jsonl`, in step order.
+
+    A resumed run writes some steps again: a record replaces every earlier one at or after its step. An
+    unfinished last line, left by a run that was killed, is not a record.
+    """
+    if not file.is_file():
+        return ()
+    records: list[Mapping[str, Any]] = []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for index, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            step = int(record["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if index == len(lines) - 1:
+                break
+            raise RunFilesError(f"{file}, line {index + 1}: not a record with a step: {error!r}") from error
+        while records and int(records[-1]["step"]) >= step:
+            records.pop()
+        records.append(record)
+    return tuple(records)
+
+
+def read_run(directory: Path) -> Run:
+    """The run in `directory`. Raises RunFilesError if its `run.json` cannot be read."""
+    return Run(directory, _json_object(directory / RUN_FILE), read_metrics(directory / METRICS_FILE))
+
+
+def read_compare(directory: Path) -> dict[str, Any] | None:
+    """The `compare.json` of `directory`, or None if there is none."""
+    file = directory / COMPARE_FILE
+    return _json_object(file) if file.is_file() else None
+
+
+def run_directories(directory: Path) -> list[Path]:
+    """`directory` itself if it is a run's, else the run directories right below it, sorted by name."""
+    if (directory / RUN_FILE).is_file():
+        return [directory]
+    if not directory.is_dir():
+        raise RunFilesError(f"{directory} is not a directory; give run or compare directories")
+    found = sorted(file.parent for file in directory.glob(f"*/{RUN_FILE}"))
+    if not found:
+        raise RunFilesError(
+            f"no run files in {directory}: looked for {RUN_FILE} there and one folder below; "
+            "give a directory that `collage train` or `collage compare` wrote"
+        )
+    return found
+
+
+def read_runs(directories: Iterable[Path]) -> list[Run]:
+    """Every run in the given run and compare directories, each once.
+
+    Raises:
+        RunFilesError: a directory holds no run, or a file in it cannot be read.
+    """
+    unique = {path.resolve(): path for directory in directories for path in run_directories(directory)}
+    return [read_run(path) for path in unique.values()]

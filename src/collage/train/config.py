@@ -1,0 +1,231 @@
+"""Every setting of a training run, in one frozen record.
+
+A field's metadata holds the text and the panel of its command-line option, so that the record, the options and
+`run.json` can't drift apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+MODEL, OPTIMIZER, SCHEDULE, BATCH = "Model and precision", "Optimizer", "Steps and schedule", "Batch"
+DATA, MEASURE, RUN = "Text", "Measuring", "Run"
+
+DTYPES = ("bfloat16", "float16")
+ARITHMETICS = ("fp32", "working")
+SCHEDULES = ("cosine", "linear", "constant")
+TOKENIZERS = ("bytes", "bpe")
+GRAD_DTYPES = ("model", "float32")
+BYTE_VOCABULARY = 257
+"""The byte tokenizer's vocabulary: 256 bytes and the end-of-document token."""
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what, got, allowed and remedy; the command line prints it alone."""
+
+
+def _setting(default: Any, panel: str, text: str) -> Any:
+    return field(default=default, metadata={"panel": panel, "help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run; the defaults are those of `collage compare` without options.
+
+    Raises:
+        UserError: a setting, or two settings together, can't be trained with.
+    """
+
+    model: str = _setting("gpt-1m", MODEL, "Architecture, with fresh weights: gpt-1m, gpt-10m or gpt-125m.")
+    strategy: str = _setting(
+        "plus",
+        MODEL,
+        "How parameters and optimizer states are stored: plain, stochastic, kahan, light, plus, light-nearest, "
+        "plus-nearest, fp32-states, mixed, fp32. 'light' adds a low part to each weight, 'plus' to v as well.",
+    )
+    dtype: str = _setting(
+        "bfloat16", MODEL, "The low-precision format: bfloat16, or float16 (with dynamic loss scaling)."
+    )
+    arithmetic: str = _setting(
+        "fp32", MODEL, "What the optimizer computes in: fp32, or working (each operation rounded to the format)."
+    )
+    backend: str | None = _setting(
+        None, MODEL, "Which implementation does the optimizer step; unset: the fastest one for the device."
+    )
+
+    lr: float = _setting(1e-3, OPTIMIZER, "Learning rate at the end of the warm-up.")
+    betas: tuple[float, float] = _setting(
+        (0.9, 0.999), OPTIMIZER, "Decay of the two moments. From .98 upwards, the second moment needs 'plus'."
+    )
+    eps: float = _setting(1e-8, OPTIMIZER, "Added to the denominator of the update.")
+    weight_decay: float = _setting(
+        0.1, OPTIMIZER, "Decoupled weight decay; biases and norm gains are left out."
+    )
+    clip: float = _setting(1.0, OPTIMIZER, "Largest norm of the gradient, computed in fp32; 0 = no clipping.")
+
+    steps: int = _setting(300, SCHEDULE, "Optimizer steps.")
+    schedule: str = _setting("cosine", SCHEDULE, "Path from --lr to --min-lr: cosine, linear or constant.")
+    warmup: int = _setting(20, SCHEDULE, "Steps over which the learning rate rises to --lr.")
+    min_lr: float = _setting(5e-5, SCHEDULE, "Learning rate at the last step (cosine and linear).")
+
+    batch_size: int = _setting(
+        16, BATCH, "Sequences per optimizer step, over all processes: their number doesn't change it."
+    )
+    seq_len: int = _setting(128, BATCH, "Tokens per sequence.")
+    micro_batch: int | None = _setting(
+        None, BATCH, "Sequences per forward pass; less than the batch accumulates gradients. Unset: all at once."
+    )
+    grad_dtype: str = _setting(
+        "model", BATCH, "What gradients are kept and accumulated in: model (the weights' format) or float32."
+    )
+
+    data: str | None = _setting(
+        None, DATA, "A text file, or a folder of them. Unset: the Python standard library's own sources."
+    )
+    corpus_bytes: int | None = _setting(
+        None, DATA, "Take whole documents up to this many bytes. Unset: 5,000,000 of the standard library, all of --data."
+    )
+    tokenizer: str = _setting("bytes", DATA, "bytes, or bpe: byte-level BPE, trained on the train split.")
+    vocab_size: int | None = _setting(None, DATA, "Tokens of the bpe vocabulary (unset: 4,096). bytes has 257.")
+
+    eval_every: int = _setting(100, MEASURE, "Steps between validations; the last step always has one. 0 = only there.")
+    eval_batches: int = _setting(8, MEASURE, "Batches in the validation set: the same ones each time.")
+    log_every: int = _setting(1, MEASURE, "Steps between records in metrics.jsonl.")
+    audit_every: int = _setting(
+        10, MEASURE, "Steps between audits of lost updates; the last step always has one. 0 = only there."
+    )
+
+    seed: int = _setting(0, RUN, "Fixes initial weights, order of the batches, and stochastic rounding.")
+    checkpoint_every: int = _setting(
+        100, RUN, "Steps between checkpoints; the last step always has one. 0 = only there."
+    )
+    keep_checkpoints: int = _setting(2, RUN, "How many of the newest checkpoints are kept.")
+    device: str | None = _setting(None, RUN, "cpu, cuda, cuda:1 ...; unset: a GPU if there is one.")
+    threads: int | None = _setting(None, RUN, "CPU threads; unset: as many as torch takes.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        _check_types(self)
+        _check_choices(self)
+        _check_ranges(self)
+        _check_together(self)
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether the model's weights are in `dtype`; the strategy fp32 trains a float32 model."""
+        return self.strategy != "fp32"
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain JSON types."""
+        return {**asdict(self), "betas": list(self.betas)}
+
+    @classmethod
+    def from_json(cls, settings: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_json`; settings left out keep their defaults.
+
+        Raises:
+            UserError: a key is no setting, or a value isn't allowed.
+        """
+        unknown_settings(settings)
+        return cls(**settings)
+
+
+def setting_names() -> list[str]:
+    """The names of all settings, in order."""
+    return [f.name for f in fields(TrainConfig)]
+
+
+def unknown_settings(names: Iterable[str]) -> None:
+    """Raise `UserError` if one of `names` is no setting, with the nearest name as a remedy."""
+    unknown = [name for name in names if name not in setting_names()]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], setting_names(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"unknown settings: {', '.join(unknown)}{hint} Allowed: {', '.join(setting_names())}"
+        )
+
+
+def option(name: str) -> str:
+    """The command-line option of the setting `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def _fail(name: str, got: object, allowed: str, remedy: str = "") -> UserError:
+    tail = f"; {remedy}" if remedy else ""
+    return UserError(f"{name} must be {allowed}, got {got!r}{tail}")
+
+
+_INTEGERS = ("steps", "warmup", "batch_size", "seq_len", "micro_batch", "corpus_bytes", "vocab_size", "eval_every")
+_INTEGERS += ("eval_batches", "log_every", "audit_every", "seed", "checkpoint_every", "keep_checkpoints", "threads")
+_NUMBERS = ("lr", "min_lr", "eps", "weight_decay", "clip")
+_OPTIONAL = ("backend", "micro_batch", "data", "corpus_bytes", "vocab_size", "device", "threads")
+
+
+def _check_types(config: TrainConfig) -> None:
+    for name in setting_names():
+        value = getattr(config, name)
+        if value is None and name in _OPTIONAL:
+            continue
+        if name == "betas":
+            _check_betas(value)
+        elif name in _INTEGERS:
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise _fail(name, value, "a whole number")
+        elif name in _NUMBERS:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise _fail(name, value, "a finite number")
+        elif not isinstance(value, str) or not value:
+            raise _fail(name, value, "a non-empty text")
+
+
+def _check_betas(betas: tuple[Any, ...]) -> None:
+    numbers = [b for b in betas if isinstance(b, (int, float)) and 0.0 <= b < 1.0]
+    if len(betas) != 2 or len(numbers) != 2:
+        raise _fail("betas", betas, "two numbers in [0, 1)")
+
+
+def _check_choices(config: TrainConfig) -> None:
+    import collage
+    from collage.train.models import MODELS
+
+    choices: dict[str, Iterable[str]] = {
+        "model": MODELS,
+        "strategy": collage.strategies(),
+        "dtype": DTYPES,
+        "arithmetic": ARITHMETICS,
+        "schedule": SCHEDULES,
+        "tokenizer": TOKENIZERS,
+        "grad_dtype": GRAD_DTYPES,
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise _fail(name, getattr(config, name), "one of " + ", ".join(allowed))
+
+
+_LEAST = {"steps": 1, "warmup": 0, "batch_size": 1, "seq_len": 2, "micro_batch": 1, "corpus_bytes": 1}
+_LEAST |= {"vocab_size": 257, "eval_every": 0, "eval_batches": 1, "log_every": 1, "audit_every": 0, "seed": 0}
+_LEAST |= {"checkpoint_every": 0, "keep_checkpoints": 1, "threads": 1}
+_LEAST |= {"lr": 0.0, "min_lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "clip": 0.0}
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise _fail(name, value, f">= {least}")
+
+
+def _check_together(config: TrainConfig) -> None:
+    if config.warmup >= config.steps and config.warmup > 0:
+        raise _fail("warmup", config.warmup, f"less than steps ({config.steps})", "lower warmup or raise steps")
+    if config.schedule != "constant" and config.min_lr > config.lr:
+        raise _fail("min_lr", config.min_lr, f"at most lr ({config.lr})", "lower min_lr or raise lr")
+    if config.micro_batch is not None and config.batch_size % config.micro_batch:
+        raise _fail("micro_batch", config.micro_batch, f"a divisor of batch_size ({config.batch_size})")
+    if config.tokenizer == "bytes" and config.vocab_size not in (None, BYTE_VOCABULARY):
+        raise _fail("vocab_size", config.vocab_size, f"{BYTE_VOCABULARY} with the byte tokenizer", "use tokenizer bpe")

@@ -1,0 +1,320 @@
+"""Text in, batches of tokens out; every batch is a function of the settings, the seed and the step alone.
+
+Documents are numbered in a fixed order (files by name, paragraphs by position). A hash of the number decides which
+split a document belongs to, so that editing one document never moves another across. Each split is its documents with
+an end-of-document token after each, cut into windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from collage.train.config import BYTE_VOCABULARY, TrainConfig, UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+STANDARD_LIBRARY_BYTES = 5_000_000
+DOCUMENT_CHARACTERS = 2_000
+BPE_VOCABULARY = 4_096
+END_OF_DOCUMENT = "<|endofdocument|>"
+VALIDATION_SHARE = 0.05
+_SPLIT_SEED = 20240507
+
+# Left out of the standard library: installed packages, tests, and files written by programs (tables, help topics).
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
+_SKIPPED_FOLDERS |= {"pydoc_data", "lib2to3", "_bundled", "lib-dynload"}
+_SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "__phello__")
+
+
+# ---- documents -------------------------------------------------------------------------------------------------
+
+
+def read_documents(data: str | None, limit: int | None) -> tuple[str, list[str]]:
+    """The name of a source of text and its documents, in a fixed order.
+
+    Args:
+        data: a text file (documents are groups of paragraphs), a folder (documents are its files), or None for the
+            standard library's sources.
+        limit: take whole documents up to this many UTF-8 bytes; None: all, but 5,000,000 of the standard library.
+
+    Raises:
+        UserError: nothing there, not text, or too little for two documents.
+    """
+    if data is None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        name, documents = "standard library", _read_files(_standard_library(root))
+        limit = STANDARD_LIBRARY_BYTES if limit is None else limit
+    else:
+        path = Path(data)
+        if not path.exists():
+            raise UserError(f"data must be a text file or a folder, got {data}, which doesn't exist")
+        name, documents = path.name, _read_files(_folder(path)) if path.is_dir() else _paragraphs(_read(path))
+    taken = list(_up_to(documents, limit))
+    if len(taken) < 2:
+        bound = "" if limit is None else f" within corpus_bytes = {limit}"
+        raise UserError(
+            f"data must give at least 2 documents (one to validate on), got {len(taken)} from {data or root}{bound}; "
+            f"a file's documents end at blank lines, a folder's are its files"
+        )
+    return name, taken
+
+
+def _standard_library(root: Path) -> list[Path]:
+    paths = [p for p in _walk(root) if p.suffix == ".py" and not p.name.startswith(_SKIPPED_PREFIXES)]
+    return sorted(paths, key=lambda p: p.relative_to(root).as_posix())
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if f not in _SKIPPED_FOLDERS]
+        yield from (Path(folder) / f for f in files)
+
+
+def _folder(root: Path) -> list[Path]:
+    files = [p for p in root.rglob("*") if p.is_file()]
+    visible = [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+    if not visible:
+        raise UserError(f"data must be a text file or a folder with text files in it, got the empty folder {root}")
+    return sorted(visible, key=lambda p: p.relative_to(root).as_posix())
+
+
+def _read_files(paths: list[Path]) -> Iterator[str]:
+    return (text for text in map(_read, paths) if text.strip())
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"data must be UTF-8 text, got byte {error.object[error.start]:#04x} at {error.start} in {path}; "
+            f"convert the file or keep it out of the folder"
+        ) from error
+    except OSError as error:
+        raise UserError(f"data must be readable, got {path}: {error.strerror}") from error
+    if "\0" in text:
+        raise UserError(f"data must be text, got a zero byte in {path}; keep binary files out")
+    return text
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Groups of lines that end at the first blank line after 2,000 characters, or at any line after 8,000."""
+    group: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        group.append(line)
+        size += len(line)
+        if size >= DOCUMENT_CHARACTERS * (4 if line.strip() else 1):
+            yield "".join(group)
+            group, size = [], 0
+    if "".join(group).strip():
+        yield "".join(group)
+
+
+def _up_to(documents: Iterator[str], limit: int | None) -> Iterator[str]:
+    size = 0
+    for text in documents:
+        size += len(text.encode())
+        if limit is not None and size > limit:
+            return
+        yield text
+
+
+# ---- a fixed hash ----------------------------------------------------------------------------------------------
+
+
+def mix(numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser on uint64: a bijection whose values look random.
+
+    It stands in for a library's generator because those may change their streams between versions.
+    """
+    z = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _keyed(count: int, *keys: int) -> np.ndarray:
+    state = np.zeros(1, dtype=np.uint64)
+    for key in keys:
+        state = mix(state ^ np.uint64(key))
+    return mix(np.arange(count, dtype=np.uint64) + state)
+
+
+def validation_documents(count: int) -> np.ndarray:
+    """Which of `count` documents are validated on: a boolean array, at least one of each kind (count >= 2)."""
+    keys = _keyed(count, _SPLIT_SEED)
+    chosen = keys < np.uint64(int(VALIDATION_SHARE * 2**64))
+    chosen[np.argmin(keys)] = True
+    chosen[np.argmax(keys)] = False
+    return chosen
+
+
+@lru_cache(maxsize=4)
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits `count` windows, as a read-only array."""
+    visits = np.argsort(_keyed(count, seed, epoch), kind="stable")
+    visits.flags.writeable = False
+    return visits
+
+
+# ---- the corpus ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CorpusInfo:
+    """What run.json says about a corpus; sha256 is over the text, whatever the tokenizer."""
+
+    name: str
+    sha256: str
+    documents: int
+    train_tokens: int
+    validation_tokens: int
+    tokenizer: str
+    vocab_size: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized text: two arrays of token numbers, and the tokenizer's own JSON where it has one."""
+
+    info: CorpusInfo
+    train: np.ndarray
+    validation: np.ndarray
+    tokenizer_json: str | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write the corpus to a folder that `load_corpus` and many runs can share."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "train.npy", self.train)
+        np.save(folder / "validation.npy", self.validation)
+        if self.tokenizer_json is not None:
+            (folder / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
+        (folder / "corpus.json").write_text(json.dumps(self.info.to_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def load_corpus(folder: Path) -> Corpus:
+    """A saved corpus, its tokens mapped from the files.
+
+    Raises:
+        UserError: the folder holds no prepared corpus.
+    """
+    try:
+        info = CorpusInfo(**json.loads((folder / "corpus.json").read_text(encoding="utf-8")))
+        train, validation = (np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "validation"))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"corpus must be a folder with a prepared corpus, got {folder}: {error}") from error
+    tokenizer = folder / "tokenizer.json"
+    return Corpus(info, train, validation, tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None)
+
+
+def prepare_corpus(config: TrainConfig) -> Corpus:
+    """Read, split and tokenize the text that `config` names.
+
+    Raises:
+        UserError: the text is missing, not text, or too small for the settings.
+    """
+    name, documents = read_documents(config.data, config.corpus_bytes)
+    held_out = validation_documents(len(documents))
+    train = [text for text, out in zip(documents, held_out, strict=True) if not out]
+    validation = [text for text, out in zip(documents, held_out, strict=True) if out]
+    if config.tokenizer == "bpe":
+        bpe = _train_bpe(train, config.vocab_size or BPE_VOCABULARY)
+        size, tokenizer_json = bpe.get_vocab_size(), bpe.to_str()
+        arrays = [_pack_bpe(bpe, split) for split in (train, validation)]
+    else:
+        size, tokenizer_json = BYTE_VOCABULARY, None
+        arrays = [_pack_bytes(split) for split in (train, validation)]
+    info = CorpusInfo(
+        name, _sha256(documents), len(documents), arrays[0].size, arrays[1].size, config.tokenizer, size
+    )
+    return Corpus(info, arrays[0], arrays[1], tokenizer_json)
+
+
+def _sha256(documents: list[str]) -> str:
+    digest = hashlib.sha256()
+    for text in documents:
+        raw = text.encode()
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()
+
+
+def _pack_bytes(documents: list[str]) -> np.ndarray:
+    end = np.array([BYTE_VOCABULARY - 1], dtype=np.uint16)
+    pieces = [part for text in documents for part in (np.frombuffer(text.encode(), dtype=np.uint8), end)]
+    return np.concatenate(pieces).astype(np.uint16)
+
+
+def _train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents, trainer, length=len(documents))
+    return bpe
+
+
+def _pack_bpe(bpe: Tokenizer, documents: list[str]) -> np.ndarray:
+    end = bpe.token_to_id(END_OF_DOCUMENT)
+    encoded = bpe.encode_batch(documents, add_special_tokens=False)
+    dtype = np.uint16 if bpe.get_vocab_size() <= 2**16 else np.uint32
+    return np.concatenate([np.array([*piece.ids, end], dtype=dtype) for piece in encoded])
+
+
+# ---- windows and batches ---------------------------------------------------------------------------------------
+
+
+class Windows:
+    """A split cut into windows of seq_len + 1 tokens; neighbours share one, so that each token is predicted once.
+
+    Raises:
+        UserError: the split is shorter than one window.
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, split: str) -> None:
+        self.count = (len(tokens) - 1) // seq_len
+        if self.count < 1:
+            raise UserError(
+                f"the {split} split must have at least seq_len + 1 = {seq_len + 1} tokens, got {len(tokens)}; "
+                f"give more text or lower seq_len"
+            )
+        self._tokens, self._seq_len = tokens, seq_len
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """The windows of these numbers: an int64 array [len(numbers), seq_len + 1]."""
+        starts = numbers[:, None] * self._seq_len + np.arange(self._seq_len + 1)[None, :]
+        return self._tokens[starts].astype(np.int64)
+
+    def batch(self, step: int, batch_size: int, seed: int) -> np.ndarray:
+        """The batch of optimizer step `step`, counted from 1; epochs follow one another without a gap."""
+        places = np.arange((step - 1) * batch_size, step * batch_size)
+        epochs = places // self.count
+        orders = {epoch: order(self.count, seed, int(epoch)) for epoch in np.unique(epochs)}
+        return self.take(np.array([orders[e][p % self.count] for e, p in zip(epochs, places, strict=True)]))
+
+    def spread(self, most: int) -> np.ndarray:
+        """At most `most` windows, evenly spread over the split: always the same ones."""
+        taken = min(most, self.count)
+        return self.take(np.arange(taken) * self.count // taken)

@@ -1,0 +1,3 @@
+"""The version of torch-collage."""
+
+__version__ = "0.1.0"

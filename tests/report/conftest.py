@@ -1,0 +1,98 @@
+"""Run files made by hand, as `collage train` leaves them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collage.train.config import TrainConfig
+
+BYTES = {"plain": 8.0, "light": 10.0, "plus": 12.0, "mixed": 16.0, "fp32": 16.0}
+LOST = {"plain": 0.83, "light": 0.0, "plus": 0.0, "mixed": 0.0004, "fp32": 0.0}
+WORSE = {"plain": 0.03, "light": 0.002, "plus": 0.001, "mixed": 0.0, "fp32": 0.0}
+
+
+def loss_at(strategy: str, seed: int, step: int, steps: int) -> float:
+    noise = random.Random(1000 * seed + step).gauss(0.0, 0.05)
+    return 2.0 + 3.0 * math.exp(-4 * step / steps) + noise + WORSE.get(strategy, 0.0) * step / steps
+
+
+def records(strategy: str, seed: int, steps: int, last: int) -> list[dict[str, Any]]:
+    made = []
+    for step in range(1, last + 1):
+        record: dict[str, Any] = {"step": step, "tokens": 2048 * step, "loss": loss_at(strategy, seed, step, steps)}
+        if step % 10 == 0:
+            record["edq_ratio"] = 1.0 - LOST.get(strategy, 0.0) * step / steps
+            record["lost_fraction"] = LOST.get(strategy, 0.0) * step / steps
+        made.append(record)
+    return made
+
+
+def final(strategy: str, seed: int, steps: int) -> dict[str, Any]:
+    loss = 2.1 + 0.01 * seed + WORSE.get(strategy, 0.0) * (1 + 0.1 * seed)
+    lost = LOST.get(strategy, 0.0)
+    return {
+        "step": steps,
+        "tokens": 2048 * steps,
+        "train_loss": loss - 0.1,
+        "validation_loss": loss,
+        "perplexity": math.exp(loss),
+        "edq_ratio": 1.0 - lost,
+        "lost_fraction": lost,
+        "lost_fraction_hi": max(lost, 0.8),
+        "v_lost_fraction": 0.4 if strategy in ("plain", "light") else 0.0,
+        "tokens_per_s": 5000.0 + seed,
+    }
+
+
+def write_run(folder: Path, strategy: str, seed: int = 0, **changes: Any) -> Path:
+    """Write FOLDER/STRATEGY-seedSEED; `changes` replace entries of run.json, but for `steps`, `last` and `config`."""
+    steps, last = changes.pop("steps", 60), changes.pop("last", None)
+    config = {**TrainConfig().to_json(), "strategy": strategy, "seed": seed, "steps": steps}
+    name = changes.pop("directory", f"{strategy}-seed{seed}")
+    run = folder / name
+    run.mkdir(parents=True)
+    record = {
+        "format": 1,
+        "name": name,
+        "status": "finished",
+        "strategy": strategy,
+        "arithmetic": "fp32",
+        "seed": seed,
+        "config": {**config, **changes.pop("config", {})},
+        "command": "collage compare --seeds 3",
+        "model": {"name": "gpt-1m", "parameters": 857000, "dtype": "float32" if strategy == "fp32" else "bfloat16"},
+        "bytes_per_param": BYTES.get(strategy, 9.5),
+        "state_bytes": int(857000 * (BYTES.get(strategy, 9.5) - 4)),
+        "versions": {"python": "3.11.2", "torch": "2.13.0", "collage": "0.1.0"},
+        "commit": None,
+        "device": "cpu: a processor",
+        "threads": 1,
+        "corpus": {"name": "stdlib", "sha256": "ab" * 32, "documents": 200, "train_tokens": 4500000},
+        "wall_time_s": 61.0,
+        "peak_memory_bytes": 500_000_000 + seed,
+        "init_sha256": f"i{seed}",
+        "batches_sha256": f"b{seed}",
+        "final": final(strategy, seed, steps),
+        **changes,
+    }
+    (run / "run.json").write_text(json.dumps(record))
+    made = records(strategy, seed, steps, steps if last is None else last)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
+    return run
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """`make_run(strategy, seed=0, folder=..., **changes)` writes a run and returns its directory."""
+
+    def make(strategy: str, seed: int = 0, folder: Path = tmp_path / "runs", **changes: Any) -> Path:
+        return write_run(folder, strategy, seed, **changes)
+
+    return make
