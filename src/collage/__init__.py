@@ -6,7 +6,7 @@ update was lost. Importing this package loads torch and nothing else heavy.
 
 from collage.kernels import Backend, backends
 from collage.metrics import Audit, audit
-from collage.optim import AdamW, Strategy, strategies, to_low_precision
+from collage.optim import AdamW, Compensated, Strategy, convert, strategies, to_low_precision
 from collage.storage import Expansion, Kahan, Master, Rounded, Storage
 from collage.version import __version__
 
@@ -14,6 +14,7 @@ __all__ = [
     "AdamW",
     "Audit",
     "Backend",
+    "Compensated",
     "Expansion",
     "Kahan",
     "Master",
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "audit",
     "backends",
+    "convert",
     "strategies",
     "to_low_precision",
 ]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from collage.train.config import TrainConfig, UserError
+from collage.train.config import RunFailed, TrainConfig, UserError
 from collage.train.extras import need
 
 try:
@@ -37,10 +37,29 @@ def _collage() -> None:
 @config_options()
 def train(
     settings: dict[str, Any],
-    out: Annotated[Path, typer.Option(help="Folder of the run; it gets run.json, metrics.jsonl and checkpoints.", rich_help_panel=FILES)] = Path("runs/train"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out: every later step has the same bits as if the run had never stopped.", rich_help_panel=FILES)] = False,
-    config: Annotated[Path | None, typer.Option(help="Settings from a JSON file (the \"config\" of a run.json); options given beside it count more.", rich_help_panel=FILES)] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the run's record (run.json) to this file as well.", rich_help_panel=FILES)] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of the run; it gets run.json, metrics.jsonl and checkpoints.", rich_help_panel=FILES),
+    ] = Path("runs/train"),
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last checkpoint in --out: every later step has the same bits as if the run had never stopped.",
+            rich_help_panel=FILES,
+        ),
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help='Settings from a JSON file (the "config" of a run.json); options given beside it count more.',
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the run's record (run.json) to this file as well.", rich_help_panel=FILES),
+    ] = None,
     corpus: Annotated[Path | None, typer.Option(hidden=True, help="A prepared corpus, in place of --data.")] = None,
 ) -> None:
     """Train one model with one strategy.
@@ -49,13 +68,13 @@ def train(
     """
     need("train")
     from collage.train.loop import train as run_training
+    from collage.train.runfiles import resume_config, write_json
 
     if config is not None:
         settings = {**_read_settings(config), **settings}
-    run = run_training(settings, out, resume=resume, corpus=corpus, command=_command())
+    resolved = resume_config(out, settings) if resume else TrainConfig.from_json(settings)
+    run = run_training(resolved, out, resume=resume, corpus=corpus, command=_command())
     if json_file is not None:
-        from collage.train.runfiles import write_json
-
         write_json(json_file, run)
     if run["status"] == "interrupted":
         raise typer.Exit(130)
@@ -76,9 +95,12 @@ def _command() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; an error that the user can mend is printed without a traceback, exit code 2."""
+    """Run the command line; an error that the user can mend is printed without a traceback, exit code 2; a failed run: 1."""
     try:
         app(arguments)
     except UserError as error:
         print(f"collage: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunFailed as error:
+        print(f"collage: {error}", file=sys.stderr)
+        sys.exit(1)

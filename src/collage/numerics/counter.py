@@ -100,12 +100,14 @@ def draw(word: Tensor, number: int, out: Tensor | None = None) -> Tensor:
 def random_bits(seed: int, ordinal: int, step: int, start: int, count: int, number: int = 0) -> Tensor:
     """The draws of elements ``start`` to ``start + count - 1``: int32 on the CPU, in [0, 2**16).
 
-    The plain form of the generator, for study and tests; the kernels call its parts on kept buffers.
+    The plain form of the generator; the kernels call its parts on kept buffers.
     """
-    index = torch.arange(start, start + count, dtype=torch.int64)
     parts = []
-    for high in range(start >> 32, ((start + max(count, 1) - 1) >> 32) + 1):
-        low = index[(index >> 32) == high] & 0xFFFFFFFF
-        signed = torch.where(low >= 2**31, low - 2**32, low).to(torch.int32)
-        parts.append(draw(words(signed, keys(seed, ordinal, step, number // 2, high)), number))
-    return torch.cat(parts)
+    while count > 0:
+        high, low = start >> 32, start & 0xFFFFFFFF
+        length = min(count, 2**32 - low)
+        # The sum wraps round in 32 bits, as an unsigned index does.
+        index = torch.arange(length, dtype=torch.int32).add_(as_int32(low))
+        parts.append(draw(words(index, keys(seed, ordinal, step, number // 2, high)), number))
+        start, count = start + length, count - length
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32)

@@ -93,19 +93,22 @@ def sqrt_rn(a: Tensor) -> Tensor:
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The rounded sum and what its rounding lost (Knuth 1969; Møller 1965).
+    """The rounded sum and what its rounding lost, for operands in any order.
+
+    The larger operand goes first, then Dekker's three operations. Knuth's six give the same pair without a
+    comparison, but one of them can overflow when |b| is the largest number (Boldo, Graillat and Muller 2017).
 
     Returns:
         ``(s, e)`` with s = RN(a + b) and e = a + b - s.
 
-    Domain: every pair of finite numbers whose sum does not overflow; subnormals included, no order required.
+    Domain: every pair of finite numbers whose sum does not overflow, subnormals included; where a saturating
+    format's does, every pair still.
     Accuracy: s + e = a + b exactly.
     """
-    s = add_rn(a, b)
-    b_part = sub_rn(s, a)
-    a_part = sub_rn(s, b_part)
-    e = add_rn(sub_rn(b, b_part), sub_rn(a, a_part))
-    return s, finite_or_zero(e, s)
+    fmt = common_format(a, b)
+    a, b = torch.broadcast_tensors(a, b)
+    ordered = a.to(fmt.wide).abs() >= b.to(fmt.wide).abs()
+    return fast_two_sum(torch.where(ordered, a, b), torch.where(ordered, b, a))
 
 
 def fast_two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

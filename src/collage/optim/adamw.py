@@ -209,9 +209,8 @@ class AdamW(Optimizer):
         members = []
         ordinal = -1
         for index, group in enumerate(self.param_groups):
-            _check_hyper(group)
+            strategy = _check_options(group)
             names = group.get("param_names", [None] * len(group["params"]))
-            strategy = resolve(group["strategy"])
             for param, name in zip(group["params"], names, strict=True):
                 ordinal += 1
                 if param.grad is None:
@@ -334,7 +333,7 @@ class AdamW(Optimizer):
             ValueError: another strategy, other tensors, dtypes or shapes; the optimizer is as it was. To change the
                 strategy, use ``collage.convert``.
         """
-        with statedict.exact_loading(self):
+        with statedict.exact_loading(self, statedict.check_strategies):
             super().load_state_dict(state_dict)
 
 
@@ -365,8 +364,9 @@ def _check_hyper(group: dict[str, Any]) -> None:
             raise ValueError(f"betas[{index}] must be in [0, 1), got {float(beta)}")
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    """Raises unless a parameter group can be stepped."""
+def _check_options(group: dict[str, Any]) -> Strategy:
+    """The strategy of a parameter group; raises unless the group's options, which people may set at any time, and a
+    loaded state does set, are ones that a step can follow."""
     _check_hyper(group)
     kernels.check_backend(group["backend"])
     strategy = resolve(group["strategy"])
@@ -378,6 +378,12 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"arithmetic='working' is not defined for strategy {strategy.name!r}; it is for {able}")
     if arithmetic == "working" and group["backend"] not in (None, "eager"):
         raise ValueError(f"arithmetic='working' runs on backend 'eager' alone, got {group['backend']!r}")
+    return strategy
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raises unless a parameter group can be stepped."""
+    strategy = _check_options(group)
     names = group.get("param_names", [None] * len(group["params"]))
     for param, name in zip(group["params"], names, strict=True):
         if not param.is_floating_point():

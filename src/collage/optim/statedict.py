@@ -6,7 +6,7 @@ casting policy cannot be overridden, so the tensors are kept out of its hands an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim.optimizer import Optimizer
 
 from collage.optim.strategies import Strategy, resolve
+
+COUNTERS = ("step", "ordinal", "param_step")
 
 
 def detached(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -27,28 +29,38 @@ def detached(state_dict: dict[str, Any]) -> dict[str, Any]:
     groups = []
     for group in state_dict["param_groups"]:
         plain = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
-        if isinstance(plain["strategy"], Strategy):
-            plain["strategy"] = plain["strategy"].to_dict()
+        strategy = group.get("strategy")
+        if isinstance(strategy, Strategy):
+            plain["strategy"] = strategy.to_dict()
         groups.append(plain)
     return {**state_dict, "state": state, "param_groups": groups}
 
 
 @contextmanager
-def exact_loading(optimizer: Optimizer) -> Iterator[None]:
-    """Within it ``optimizer``'s base ``load_state_dict`` checks the whole state first, then loads it bit for bit."""
-    stash: list[tuple[Tensor, dict[str, Any]]] = []
+def exact_loading(
+    optimizer: Optimizer, check: Callable[[Optimizer, dict[str, Any]], None] | None = None
+) -> Iterator[None]:
+    """Within it ``optimizer``'s base ``load_state_dict`` runs ``check`` on the whole state first, before anything
+    changes, then loads it bit for bit."""
+    stash: list[tuple[Tensor, dict[str, Any], dict[str, Any]]] = []
 
     def check_and_stash(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        check(optimizer, state_dict)
+        if check is not None:
+            check(optimizer, state_dict)
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
             for param, key in zip(group["params"], saved["params"], strict=True):
                 if state_dict["state"].get(key):
-                    stash.append((param, state_dict["state"][key]))
+                    stash.append((param, group, state_dict["state"][key]))
         return {**state_dict, "state": {}}
 
+    def counters_on_cpu(group: dict[str, Any]) -> bool:
+        # torch's own capturable and fused steps want theirs on the device; collage's options of that name do nothing.
+        return "strategy" in group or not (group.get("capturable") or group.get("fused"))
+
     def put_in(_: Optimizer) -> None:
-        for param, entry in stash:
-            optimizer.state[param] = {name: _placed(name, value, param) for name, value in entry.items()}
+        for param, group, entry in stash:
+            counters = COUNTERS if counters_on_cpu(group) else ()
+            optimizer.state[param] = {name: placed(name, value, param, counters) for name, value in entry.items()}
 
     hooks = (
         optimizer.register_load_state_dict_pre_hook(check_and_stash),
@@ -61,15 +73,15 @@ def exact_loading(optimizer: Optimizer) -> Iterator[None]:
             hook.remove()
 
 
-def _placed(name: str, value: Any, param: Tensor) -> Any:
+def placed(name: str, value: Any, param: Tensor, counters: Collection[str] = COUNTERS) -> Any:
     """A clone on the parameter's device; counters stay on the CPU, where the step reads them."""
     if not isinstance(value, Tensor):
         return value
-    device = torch.device("cpu") if name in ("step", "ordinal") else param.device
+    device = torch.device("cpu") if name in counters else param.device
     return value.detach().to(device, copy=True).contiguous()
 
 
-def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+def check_strategies(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Raises ValueError unless every tensor of the state belongs to the optimizer's parameters and strategies."""
     saved_groups = state_dict["param_groups"]
     groups = optimizer.param_groups

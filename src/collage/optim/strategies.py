@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class Strategy:
         param: storage of the parameter.
         exp_avg: storage of AdamW's first moment m.
         exp_avg_sq: storage of its second moment v.
-        summary: one line for people.
+        summary: one line for people; no part of the comparison of strategies.
 
     Storages whose format is None take the parameter's own.
     """
@@ -30,7 +30,7 @@ class Strategy:
     param: Storage
     exp_avg: Storage
     exp_avg_sq: Storage
-    summary: str = ""
+    summary: str = field(default="", compare=False)
 
     def layout(self, dtype: torch.dtype) -> Layout:
         """The storages for parameters of ``dtype``: a float32 parameter steps as plain float32 whatever the strategy.
@@ -61,8 +61,10 @@ class Strategy:
             dtype: of the model's parameters; a strategy that fixes their format (fp32) counts with its own.
             grad: whether to count the gradient.
         """
-        stored = sum(getattr(self, role).bytes_per_element(dtype) for role in ROLES)
-        return stored + (self.param.components(dtype)[0].dtype.itemsize if grad else 0)
+        # A float32 parameter steps as plain float32, see layout(); the strategy "fp32" counts as such for any dtype.
+        storages = [_NEAREST if dtype == torch.float32 else getattr(self, role) for role in ROLES]
+        stored = sum(storage.bytes_per_element(dtype) for storage in storages)
+        return stored + (storages[0].components(dtype)[0].dtype.itemsize if grad else 0)
 
     @property
     def has_working_arithmetic(self) -> bool:

@@ -67,7 +67,7 @@ def _draw_curve(axes: Axes, curve: Curve, look: Line, *, raw: bool) -> None:
         linestyle=look.dashes,
         linewidth=look.width,
         zorder=look.order,
-        markevery=(look.phase * len(curve.steps) / MARKS, len(curve.steps) / MARKS),
+        markevery=(look.phase / MARKS, 1.0 / MARKS) if len(curve.steps) > MARKS else None,
         **_marks(look),
     )
 
@@ -190,8 +190,8 @@ def draw_validation(looks: Looks) -> Figure | None:
         _draw_panel(axes, row)
         if differences:
             axes.axvline(0.0, color=ink, linewidth=2.2, zorder=2.5)
-    what = f"validation loss minus {BASELINE} at the same seed" if differences else "validation loss"
-    panels[-1].set_xlabel(f"{what} (nats per token)" + (", below enlarged" if len(rows) > 1 else ""))
+    what = f"validation loss minus {BASELINE}" if differences else "validation loss"
+    panels[-1].set_xlabel(f"{what} (nats per token)" + ("; below: enlarged" if len(rows) > 1 else ""))
     return figure
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from collage.train.config import UserError
+from collage.train.runfiles import read_metrics
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -104,35 +105,26 @@ def _json_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def read_metrics(file: Path) -> tuple[Mapping[str, Any], ...]:
-    """The records of a `metrics.jsonl`, in step order.
+def in_step_order(records: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """`records` with rising steps: a run that was resumed writes some again, and the later record counts.
 
-    A resumed run writes some steps again: a record replaces every earlier one at or after its step. An
-    unfinished last line, left by a run that was killed, is not a record.
+    Raises:
+        RunFilesError: a record has no step.
     """
-    if not file.is_file():
-        return ()
-    records: list[Mapping[str, Any]] = []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            if index == len(lines) - 1:
-                break
-            raise RunFilesError(f"{file}, line {index + 1}: not a record with a step: {error!r}") from error
-        while records and int(records[-1]["step"]) >= step:
-            records.pop()
-        records.append(record)
-    return tuple(records)
+    kept: list[Mapping[str, Any]] = []
+    for record in records:
+        if not isinstance(record, Mapping) or number(record.get("step")) is None:
+            raise RunFilesError(f"a record of {METRICS_FILE} must be an object with a step, got {record!r}")
+        while kept and kept[-1]["step"] >= record["step"]:
+            kept.pop()
+        kept.append(record)
+    return tuple(kept)
 
 
 def read_run(directory: Path) -> Run:
     """The run in `directory`. Raises RunFilesError if its `run.json` cannot be read."""
-    return Run(directory, _json_object(directory / RUN_FILE), read_metrics(directory / METRICS_FILE))
+    record = _json_object(directory / RUN_FILE)
+    return Run(directory, record, in_step_order(read_metrics(directory / METRICS_FILE)))
 
 
 def read_compare(directory: Path) -> dict[str, Any] | None:

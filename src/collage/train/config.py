@@ -9,8 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+import torch
+
+import collage
+from collage.train.models import MODELS
 
 MODEL, OPTIMIZER, SCHEDULE, BATCH = "Model and precision", "Optimizer", "Steps and schedule", "Batch"
 DATA, MEASURE, RUN = "Text", "Measuring", "Run"
@@ -26,6 +31,10 @@ BYTE_VOCABULARY = 257
 
 class UserError(ValueError):
     """Something the user can mend. The message says what, got, allowed and remedy; the command line prints it alone."""
+
+
+class RunFailed(RuntimeError):  # noqa: N818 - not a defect of the program
+    """A run that can't go on, such as one whose loss is no longer finite."""
 
 
 def _setting(default: Any, panel: str, text: str) -> Any:
@@ -62,9 +71,7 @@ class TrainConfig:
         (0.9, 0.999), OPTIMIZER, "Decay of the two moments. From .98 upwards, the second moment needs 'plus'."
     )
     eps: float = _setting(1e-8, OPTIMIZER, "Added to the denominator of the update.")
-    weight_decay: float = _setting(
-        0.1, OPTIMIZER, "Decoupled weight decay; biases and norm gains are left out."
-    )
+    weight_decay: float = _setting(0.1, OPTIMIZER, "Decoupled weight decay; biases and norm gains are left out.")
     clip: float = _setting(1.0, OPTIMIZER, "Largest norm of the gradient, computed in fp32; 0 = no clipping.")
 
     steps: int = _setting(300, SCHEDULE, "Optimizer steps.")
@@ -87,7 +94,9 @@ class TrainConfig:
         None, DATA, "A text file, or a folder of them. Unset: the Python standard library's own sources."
     )
     corpus_bytes: int | None = _setting(
-        None, DATA, "Take whole documents up to this many bytes. Unset: 5,000,000 of the standard library, all of --data."
+        None,
+        DATA,
+        "Take whole documents up to this many bytes. Unset: 5,000,000 of the standard library, all of --data.",
     )
     tokenizer: str = _setting("bytes", DATA, "bytes, or bpe: byte-level BPE, trained on the train split.")
     vocab_size: int | None = _setting(None, DATA, "Tokens of the bpe vocabulary (unset: 4,096). bytes has 257.")
@@ -115,9 +124,9 @@ class TrainConfig:
         _check_together(self)
 
     @property
-    def low_precision(self) -> bool:
-        """Whether the model's weights are in `dtype`; the strategy fp32 trains a float32 model."""
-        return self.strategy != "fp32"
+    def model_dtype(self) -> torch.dtype:
+        """The dtype of the model's weights: `dtype`, or the strategy's own (fp32 trains a float32 model)."""
+        return collage.strategies()[self.strategy].param.components(getattr(torch, self.dtype))[0].dtype
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
@@ -134,6 +143,35 @@ class TrainConfig:
         return cls(**settings)
 
 
+OBSERVING = ("log_every", "eval_every", "audit_every")
+EXECUTING = ("checkpoint_every", "keep_checkpoints", "device", "threads", "backend")
+
+
+def resumed(stored: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """The settings a run goes on with: those it was started with, which count, and `given`.
+
+    What is observed and where it is computed may change. More steps are allowed under a constant learning rate only:
+    the other schedules depend on the number of steps from the first one on.
+
+    Raises:
+        UserError: `given` contradicts the run's own settings; the message names each.
+    """
+    unknown_settings(given)
+    free = {*OBSERVING, *EXECUTING}
+    if stored.schedule == "constant" and given.get("steps", 0) >= stored.steps:
+        free.add("steps")
+    wanted = replace(stored, **given)
+    changed = [name for name in given if name not in free and getattr(wanted, name) != getattr(stored, name)]
+    if changed:
+        listed = "; ".join(f"{option(n)} {getattr(wanted, n)} (the run has {getattr(stored, n)})" for n in changed)
+        raise UserError(
+            f"a resumed run keeps the settings it was started with, got {listed}; allowed to change: "
+            f"{', '.join(map(option, sorted(free)))}, and --steps upwards with --schedule constant. "
+            f"Leave the options out, or start another run in another --out"
+        )
+    return replace(stored, **{name: given[name] for name in given if name in free})
+
+
 def setting_names() -> list[str]:
     """The names of all settings, in order."""
     return [f.name for f in fields(TrainConfig)]
@@ -145,9 +183,7 @@ def unknown_settings(names: Iterable[str]) -> None:
     if unknown:
         near = difflib.get_close_matches(unknown[0], setting_names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(
-            f"unknown settings: {', '.join(unknown)}{hint} Allowed: {', '.join(setting_names())}"
-        )
+        raise UserError(f"unknown settings: {', '.join(unknown)}{hint} Allowed: {', '.join(setting_names())}")
 
 
 def option(name: str) -> str:
@@ -190,9 +226,6 @@ def _check_betas(betas: tuple[Any, ...]) -> None:
 
 
 def _check_choices(config: TrainConfig) -> None:
-    import collage
-    from collage.train.models import MODELS
-
     choices: dict[str, Iterable[str]] = {
         "model": MODELS,
         "strategy": collage.strategies(),
@@ -202,6 +235,8 @@ def _check_choices(config: TrainConfig) -> None:
         "tokenizer": TOKENIZERS,
         "grad_dtype": GRAD_DTYPES,
     }
+    if config.backend is not None:
+        choices["backend"] = [backend.name for backend in collage.backends().values() if backend.available]
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise _fail(name, getattr(config, name), "one of " + ", ".join(allowed))
@@ -227,5 +262,8 @@ def _check_together(config: TrainConfig) -> None:
         raise _fail("min_lr", config.min_lr, f"at most lr ({config.lr})", "lower min_lr or raise lr")
     if config.micro_batch is not None and config.batch_size % config.micro_batch:
         raise _fail("micro_batch", config.micro_batch, f"a divisor of batch_size ({config.batch_size})")
+    if config.arithmetic == "working" and not collage.strategies()[config.strategy].has_working_arithmetic:
+        able = [name for name, strategy in collage.strategies().items() if strategy.has_working_arithmetic]
+        raise _fail("strategy", config.strategy, f"one of {', '.join(able)} with arithmetic working")
     if config.tokenizer == "bytes" and config.vocab_size not in (None, BYTE_VOCABULARY):
         raise _fail("vocab_size", config.vocab_size, f"{BYTE_VOCABULARY} with the byte tokenizer", "use tokenizer bpe")

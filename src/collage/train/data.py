@@ -240,9 +240,7 @@ def prepare_corpus(config: TrainConfig) -> Corpus:
     else:
         size, tokenizer_json = BYTE_VOCABULARY, None
         arrays = [_pack_bytes(split) for split in (train, validation)]
-    info = CorpusInfo(
-        name, _sha256(documents), len(documents), arrays[0].size, arrays[1].size, config.tokenizer, size
-    )
+    info = CorpusInfo(name, _sha256(documents), len(documents), arrays[0].size, arrays[1].size, config.tokenizer, size)
     return Corpus(info, arrays[0], arrays[1], tokenizer_json)
 
 

@@ -44,9 +44,7 @@ def attention_for(device_type: str, seq_len: int) -> str:
     return "eager" if device_type == "cpu" and seq_len <= 512 else "sdpa"
 
 
-def build_model(
-    name: str, *, vocab_size: int, seq_len: int, seed: int, attention: str = "sdpa"
-) -> PreTrainedModel:
+def build_model(name: str, *, vocab_size: int, seq_len: int, seed: int, attention: str = "sdpa") -> PreTrainedModel:
     """The model `name` in float32 on the CPU, its weights a function of the seed alone.
 
     Neither the default dtype nor the state of torch's generators matters, and both are left as they were.

@@ -1,0 +1,154 @@
+"""The report as a page: report.html (one self-contained file) and report.md from a summary and its plots."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from collage.report.columns import COLUMNS, cells
+from collage.report.verdicts import verdict
+
+_MARKDOWN_SIGNS = re.compile(r"([\\`*_\[\]<>|])")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot as PNG bytes for light and dark pages, with its file's stem, heading and caption."""
+
+    stem: str
+    heading: str
+    caption: str
+    light_png: bytes
+    dark_png: bytes
+
+    @property
+    def light(self) -> str:
+        """The light PNG in base64."""
+        return base64.b64encode(self.light_png).decode("ascii")
+
+    @property
+    def dark(self) -> str:
+        """The dark PNG in base64."""
+        return base64.b64encode(self.dark_png).decode("ascii")
+
+
+def _count(number: int, thing: str, things: str | None = None) -> str:
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    rows = summary["strategies"]
+    if len(rows) == 1:
+        return f"Training with the strategy {rows[0]['label']}"
+    return f"Comparison of {len(rows)} precision strategies"
+
+
+def _subtitle(summary: Mapping[str, Any]) -> str:
+    model, corpus, config = summary["model"], summary["corpus"], summary["config"]
+    parts = [str(model["name"])] if "name" in model else []
+    if isinstance(model.get("parameters"), int):
+        parts.append(_count(model["parameters"], "parameter"))
+    if "name" in corpus:
+        parts.append(f"trained on {corpus['name']}")
+    if isinstance(config.get("steps"), int):
+        parts.append(_count(config["steps"], "step"))
+    parts.append(_count(max(row["seeds"] for row in summary["strategies"]), "seed"))
+    if summary["device"]:
+        parts.append(str(summary["device"]))
+    return " · ".join(parts)
+
+
+def _warnings(summary: Mapping[str, Any]) -> list[str]:
+    found = [f"{problem}: these runs can't be compared." for problem in summary["warnings"]]
+    for row in summary["strategies"]:
+        for run in row["unfinished"]:
+            of = f" of {run['steps']}" if run["steps"] else ""
+            found.append(f"{run['name']} is {run['status']} at step {run['step']}{of}; its figures are left out.")
+    return found
+
+
+def _verdicts(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    rows = summary["strategies"]
+    return [{"label": row["label"], "text": verdict(row).removeprefix(row["label"] + ": ")} for row in rows]
+
+
+def _origin(summary: Mapping[str, Any]) -> dict[str, str]:
+    entries = {
+        "corpus": _entries(summary["corpus"]),
+        "model": _entries(summary["model"]),
+        "seeds": ", ".join(map(str, summary["seeds"])),
+        "differing settings": ", ".join(summary["differing"]),
+        "versions": _entries(summary["versions"]),
+        "commit": summary["commit"],
+        "device": summary["device"],
+        "runs at the same time": summary.get("jobs"),
+        "wall time": _duration(summary.get("wall_time_s")),
+    }
+    return {name: str(value) for name, value in entries.items() if value}
+
+
+def _entries(record: Mapping[str, Any]) -> str:
+    shown = {key: value[:12] if key == "sha256" else _text(value) for key, value in record.items()}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def context(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str, Any]:
+    """What the templates show."""
+    return {
+        "title": _title(summary),
+        "subtitle": _subtitle(summary),
+        "warnings": _warnings(summary),
+        "verdicts": _verdicts(summary),
+        "columns": COLUMNS,
+        "rows": [cells(row) for row in summary["strategies"]],
+        "plots": pictures,
+        "commands": (summary["command"] or "").splitlines(),
+        "origin": _origin(summary),
+        "settings": {name: _text(value) for name, value in summary["config"].items()},
+    }
+
+
+def _markdown(value: object) -> object:
+    """Text with Markdown's signs escaped and on one line."""
+    return _MARKDOWN_SIGNS.sub(r"\\\1", " ".join(value.split())) if isinstance(value, str) else value
+
+
+def _render(template: str, entries: Mapping[str, Any], environment: Environment) -> str:
+    source = resources.files("collage.report").joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(source).render(entries)
+
+
+def html(entries: Mapping[str, Any]) -> str:
+    """The page report.html; every text is escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return _render("report.html.j2", entries, environment)
+
+
+def markdown(entries: Mapping[str, Any]) -> str:
+    """The page report.md; its pictures are the files in plots/."""
+    environment = Environment(
+        autoescape=False, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_markdown
+    )
+    return _render("report.md.j2", entries, environment)

@@ -1,0 +1,80 @@
+"""Writing a report: plots, report.html and report.md, and compare.json for a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collage.report.groups import group_runs
+from collage.report.page import Picture, context, html, markdown
+from collage.report.plots import PLOTS, render
+from collage.report.runs import COMPARE_FILE, Run, read_compare, read_runs
+from collage.report.style import DARK, LIGHT
+from collage.report.summary import summarize
+from collage.train.runfiles import write_json, write_text
+
+CARRIED = ("jobs", "wall_time_s", "failed")
+"""Entries of compare.json that no run file holds."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A written report: its summary and where its files are."""
+
+    summary: Mapping[str, Any]
+    html: Path
+    markdown: Path
+    plots: tuple[Path, ...]
+
+
+def _pictures(runs: Sequence[Run]) -> list[Picture]:
+    groups, pictures = group_runs(runs), []
+    for plot in PLOTS:
+        light, dark = (render(plot, groups, theme) for theme in (LIGHT, DARK))
+        if light is not None and dark is not None:
+            pictures.append(Picture(plot.stem, plot.heading, plot.caption, light, dark))
+    return pictures
+
+
+def write_report(runs: Sequence[Run], summary: Mapping[str, Any], out: Path) -> Report:
+    """Write OUT/report.html, OUT/report.md and OUT/plots/*.png."""
+    pictures = _pictures(runs)
+    entries = context(summary, pictures)
+    folder = out / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        (folder / f"{picture.stem}.png").write_bytes(picture.light_png)
+    write_text(out / "report.html", html(entries))
+    write_text(out / "report.md", markdown(entries))
+    plots = tuple(folder / f"{picture.stem}.png" for picture in pictures)
+    return Report(summary, out / "report.html", out / "report.md", plots)
+
+
+def _commands(directories: Sequence[Path], runs: Sequence[Run]) -> str | None:
+    """The command of each compare directory, and of each run outside of one, each command once."""
+    compared = {directory.resolve(): read_compare(directory) for directory in directories}
+    commands = [record.get("command") for record in compared.values() if record]
+    covered = {directory for directory, record in compared.items() if record}
+    commands += [run.record.get("command") for run in runs if run.path.resolve().parent not in covered]
+    return "\n".join(dict.fromkeys(str(command) for command in commands if command)) or None
+
+
+def report_on(directories: Sequence[Path], out: Path | None = None) -> Report:
+    """Read run and compare directories and write their report to `out`, by default the first of them.
+
+    Raises:
+        RunFilesError: no run files, unreadable ones, or the same run twice.
+    """
+    runs = read_runs(directories)
+    compared = read_compare(directories[0]) if len(directories) == 1 else None
+    extra = {key: compared[key] for key in CARRIED if compared and key in compared}
+    summary = summarize(runs, command=_commands(directories, runs), **extra)
+    return write_report(runs, summary, out or directories[0])
+
+
+def write_compare(out: Path, summary: Mapping[str, Any]) -> Path:
+    """Write OUT/compare.json."""
+    write_json(out / COMPARE_FILE, summary)
+    return out / COMPARE_FILE

@@ -1,0 +1,173 @@
+"""Checkpoints without pickle, written aside and renamed: a folder that bears its final name is whole.
+
+step-000120/model.safetensors       the weights the model computes with, and config.json: transformers can load it
+step-000120/optimizer.safetensors   every tensor of the optimizer's state, as "index.name"
+step-000120/optimizer.json          the parameter groups
+step-000120/trainer.json            step, settings, loss scale
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import Optimizer
+
+from collage.train.config import EXECUTING, OBSERVING, TrainConfig, UserError
+from collage.train.runfiles import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "trainer.json")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that can't be read, or that belongs to another run."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come; all that a run needs beside the model and the optimizer.
+
+    Attributes:
+        step: optimizer steps done.
+        wall_time_s: seconds spent on them.
+        scaler: the loss scaler's state; empty without one.
+    """
+
+    step: int
+    wall_time_s: float
+    scaler: dict[str, Any]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+
+def save(
+    folder: Path, progress: Progress, config: TrainConfig, model: PreTrainedModel, optimizer: Optimizer, keep: int
+) -> Path:
+    """Write the checkpoint of `progress.step` into `folder`, then remove all but the newest `keep`.
+
+    Until the new checkpoint is whole and on the disk, the older ones stay as they are.
+    """
+    target = folder / f"step-{progress.step:06d}"
+    aside = folder / f".{target.name}.{os.getpid()}"
+    try:
+        aside.mkdir(parents=True)
+        _write(aside, progress, config, model, optimizer)
+        for path in aside.iterdir():
+            _to_disk(path)
+        _to_disk(aside)
+        # Only a folder that isn't whole can stand there under another content: steps replayed have the same bits.
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+        _to_disk(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _write(folder: Path, progress: Progress, config: TrainConfig, model: PreTrainedModel, optimizer: Optimizer) -> None:
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(model.config.to_json_string(), encoding="utf-8")
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": tensor.cpu() for index, entry in state["state"].items() for name, tensor in entry.items()
+    }
+    save_file(tensors, folder / "optimizer.safetensors")
+    write_json(folder / "optimizer.json", {"param_groups": state["param_groups"]})
+    trainer = {"step": progress.step, "wall_time_s": progress.wall_time_s, "scaler": progress.scaler}
+    write_json(folder / "trainer.json", {**trainer, "config": config.to_json()})
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+def _complete(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if all((path / name).is_file() for name in FILES)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest(folder: Path) -> Path | None:
+    """The whole checkpoint with the highest step, or None."""
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def load(path: Path, config: TrainConfig, model: torch.nn.Module, optimizer: Optimizer) -> Progress:
+    """Put a checkpoint into the model and the optimizer, bit for bit, and return how far it had come.
+
+    Raises:
+        CheckpointError: a file is damaged, or the checkpoint belongs to other settings.
+    """
+    trainer = _read_json(path / "trainer.json")
+    _check_config(path, TrainConfig.from_json(trainer["config"]), config)
+    weights = _read_tensors(path / "model.safetensors")
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in _read_tensors(path / "optimizer.safetensors").items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    groups = _read_json(path / "optimizer.json")["param_groups"]
+    try:
+        _load_weights(model, weights)
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} doesn't fit this model and optimizer: {error}") from error
+    return Progress(trainer["step"], trainer["wall_time_s"], trainer["scaler"])
+
+
+def _check_config(path: Path, stored: TrainConfig, config: TrainConfig) -> None:
+    theirs, ours = stored.to_json(), config.to_json()
+    # More steps are let through where the run's own settings allow them (config.resumed).
+    free = {*OBSERVING, *EXECUTING} | ({"steps"} if config.schedule == "constant" else set())
+    changed = [name for name in ours if name not in free and ours[name] != theirs[name]]
+    if changed:
+        listed = "; ".join(f"{name} {theirs[name]!r} instead of {ours[name]!r}" for name in changed)
+        raise CheckpointError(f"{path} is a checkpoint of other settings: {listed}; resume the run it belongs to")
+
+
+def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        if name in weights and weights[name].dtype != tensor.dtype:
+            raise ValueError(f"{name} must be {tensor.dtype}, got {weights[name].dtype}")
+    model.load_state_dict(weights)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} can't be read: {error}; remove the folder {path.parent} to go on from the checkpoint before it"
+    )

@@ -1,0 +1,54 @@
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_LINES = 20
+
+
+class Display:
+    """Shows a run's records as they come; entered for the time of the loop."""
+
+    def __init__(self, name: str, steps: int, start: int, *, enabled: bool) -> None:
+        self.console = Console(quiet=not enabled)
+        self._steps = steps
+        self._edq_ratio: float | None = None
+        self._bar = Progress(
+            TextColumn(f"[bold]{name}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (enabled and self.console.is_terminal),
+        )
+        self._task = self._bar.add_task(name, total=steps, completed=start, figures="")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Show a step's record."""
+        self._edq_ratio = record.get("edq_ratio", self._edq_ratio)
+        figures = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s"
+        if self._edq_ratio is not None:
+            figures += f"  EDQ ratio {self._edq_ratio:.3f}"
+        if record.get("validation_loss") is not None:
+            figures += f"  validation {record['validation_loss']:.4f}"
+        step = record["step"]
+        if not self._bar.disable:
+            self._bar.update(self._task, completed=step, figures=figures)
+        elif step == self._steps or step % max(1, self._steps // PLAIN_LINES) == 0 or "validation_loss" in record:
+            self.say(f"step {step}/{self._steps}  {figures}")

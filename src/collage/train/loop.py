@@ -1,0 +1,337 @@
+"""One training run, from its settings to its files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import collage
+from collage.train import checkpoints, runfiles
+from collage.train.config import RunFailed, TrainConfig, UserError
+from collage.train.data import Corpus, Windows, load_corpus, prepare_corpus
+from collage.train.display import Display
+from collage.train.models import attention_for, build_model, parameter_groups
+from collage.train.schedule import learning_rate
+from collage.train.signals import StopSignals
+
+
+def train(
+    config: TrainConfig, out: Path, *, resume: bool = False, corpus: Path | None = None, command: str = ""
+) -> dict[str, Any]:
+    """Train one model and write its run to `out`.
+
+    Initial weights, batches and roundings are functions of the settings and the seed alone, so that a run resumed
+    from a checkpoint has the bits of one that never stopped, on the same machine with the same number of threads.
+
+    Args:
+        config: the settings; when resuming, those of `runfiles.resume_config`.
+        out: the run's folder.
+        resume: go on from the last checkpoint in `out`, or from the start where none was written yet.
+        corpus: a folder with a prepared corpus, in place of what `config` names.
+        command: how the run was started, for run.json.
+
+    Returns:
+        The content of run.json; its status is "finished" or "interrupted".
+
+    Raises:
+        UserError: settings, text or files that can't be used.
+        RunFailed: the loss or the gradient is no longer finite.
+    """
+    if not resume:
+        runfiles.check_unused(out)
+    with _threads(config.threads):
+        return _Run(config, out, resume, corpus, command).run()
+
+
+class _Run:
+    """The parts of a run, set up; `run` is the loop."""
+
+    def __init__(self, config: TrainConfig, out: Path, resume: bool, corpus: Path | None, command: str) -> None:
+        self.config, self.out = config, out
+
+        # ---- machine
+        self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+        self.device = _device(config, self.accelerator)
+        self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.micro_batch = _micro_batch(config, self.processes)
+
+        # ---- text
+        text = load_corpus(corpus) if corpus else prepare_corpus(config)
+        self.training = Windows(text.train, config.seq_len, "train")
+        validation = Windows(text.validation, config.seq_len, "validation")
+        self.validation = validation.spread(config.eval_batches * config.batch_size)
+
+        # ---- model and optimizer
+        self.weights = build_model(
+            config.model,
+            vocab_size=text.info.vocab_size,
+            seq_len=config.seq_len,
+            seed=config.seed,
+            attention=attention_for(self.device.type, config.seq_len),
+        ).to(self.device)  # pyright: ignore[reportArgumentType] - wrapped by transformers
+        if config.model_dtype != torch.float32:
+            collage.to_low_precision(self.weights, config.model_dtype)
+        self.optimizer = collage.AdamW(
+            parameter_groups(self.weights, config.weight_decay),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            strategy=config.strategy,
+            arithmetic=config.arithmetic,
+            backend=config.backend,
+            seed=config.seed,
+        )
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if config.grad_dtype == "float32":
+            for p in self.parameters:
+                p.grad_dtype = torch.float32
+        self.audit = collage.audit(self.optimizer, every=config.audit_every or config.steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.model_dtype == torch.float16)
+        # Accelerate's optimizer wrapper is left out: it would stand between the loss scaler and the optimizer.
+        self.model: nn.Module = self.accelerator.prepare_model(self.weights, device_placement=False)
+
+        # ---- files
+        self.step, self.earlier_s = 0, 0.0
+        found = checkpoints.latest(out / "checkpoints") if resume else None
+        if found is not None:
+            self._resume_from(found, text)
+        self.record = runfiles.describe(config, self.weights, text.info.to_json(), self.device, command)
+        self.metrics = self._metrics(text)
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        self.started = time.perf_counter()
+        display = Display(self.record["name"], config.steps, self.step, enabled=self.accelerator.is_main_process)
+        display.say(f"{self._title()}, in {self.out}")
+        try:
+            with StopSignals() as signals, display:
+                while self.step < config.steps:
+                    display_record = self._next_step()
+                    if display_record is not None:
+                        display.show(display_record)
+                    stopping = self._any_process(signals.requested) and self.step < config.steps
+                    if self._due(config.checkpoint_every) or stopping:
+                        self._save()
+                    if stopping:
+                        display.say(
+                            f"stopped after step {self.step} of {config.steps}; the checkpoint is saved. "
+                            f"Go on with: collage train --out {self.out} --resume"
+                        )
+                        return self._finish("interrupted")
+            final = runfiles.final_figures(self.metrics.records, config.steps)
+            return self._finish("finished", final)
+        except KeyboardInterrupt:
+            self._finish("interrupted")
+            raise
+        except BaseException:
+            self._finish("failed")
+            raise
+
+    def _next_step(self) -> dict[str, Any] | None:
+        """One optimizer step; returns its record if it's a step that leaves one."""
+        config, step = self.config, self.step + 1
+        started = time.perf_counter()
+        lr = learning_rate(config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        loss = self._accumulate_gradients(self.training.batch(step, config.batch_size, config.seed))
+        norm = self._clip_gradients()
+        self._check_finite(step, loss, norm)
+
+        audited = len(self.audit.steps)
+        if step == config.steps:
+            self.audit.every = 1
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step = step
+        seconds = time.perf_counter() - started
+
+        tokens = config.batch_size * config.seq_len
+        record = {
+            "step": step,
+            "tokens": step * tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_s": tokens / seconds,
+        }
+        if len(self.audit.steps) > audited:
+            record |= {key: value for key, value in self.audit.report()["total"].items() if key in _AUDIT_KEYS}
+        if self._due(config.eval_every):
+            record["validation_loss"] = self._validation_loss()
+        if not (self._due(config.log_every) or "edq_ratio" in record or "validation_loss" in record):
+            return None
+        self.metrics.append(record)
+        return record
+
+    def _accumulate_gradients(self, batch: np.ndarray) -> float:
+        """Backward over this process's share of the batch; the mean loss over all processes.
+
+        Each micro-batch's gradient is weighted by one over their number before it is added to `p.grad`, in the dtype
+        that `grad_dtype` names.
+        """
+        shares = self._micro_batches(batch)
+        total = torch.zeros((), device=self.device)
+        for index, sequences in enumerate(shares):
+            last = index == len(shares) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = _loss(self.model, sequences) / len(shares)
+                self.accelerator.backward(self.scaler.scale(loss))
+            total += loss.detach()
+        return float(self.accelerator.reduce(total, "mean"))  # pyright: ignore[reportArgumentType]
+
+    def _micro_batches(self, sequences: np.ndarray) -> list[Tensor]:
+        share = torch.from_numpy(sequences[self.rank :: self.processes]).to(self.device)
+        return list(share.split(self.micro_batch))
+
+    def _clip_gradients(self) -> float:
+        """Scale gradients down to the norm `clip`; returns their norm before, computed in fp32."""
+        scale = self.scaler.get_scale()
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) / scale
+        if self.config.clip:
+            # With a loss scale, both sides of the comparison are unscaled and the factor is the same.
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        return float(norm)
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        # With a loss scaler a gradient that overflows is skipped and the scale lowered.
+        bad = [("loss", loss)] if not np.isfinite(loss) else []
+        bad += [("gradient norm", norm)] if not np.isfinite(norm) and not self.scaler.is_enabled() else []
+        if bad:
+            name, value = bad[0]
+            found = checkpoints.latest(self.out / "checkpoints")
+            raise RunFailed(
+                f"the {name} of step {step} is {value}; the step was not taken and the last checkpoint is "
+                f"{found.name if found else 'none'}. Remedy: a lower --lr, a longer --warmup or a smaller --clip"
+            )
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        """Mean loss per token on the validation set, with the weights that the model computes with."""
+        self.weights.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for sequences in self._micro_batches(self.validation):
+            total += torch.tensor([float(_loss(self.weights, sequences)) * len(sequences), len(sequences)]).to(total)
+        self.weights.train()
+        losses, count = self.accelerator.reduce(total, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        return losses / count
+
+    # ---- small questions -----------------------------------------------------------------------------------------
+
+    def _due(self, every: int) -> bool:
+        """Whether something done every so many steps, and after the last one, is due; 0 = only then."""
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.processes == 1:
+            return flag
+        flags = self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum")
+        return bool(flags)
+
+    def _title(self) -> str:
+        model = self.record["model"]
+        return (
+            f"{self.record['name']}: {model['name']}, {model['parameters']:,} parameters in {model['dtype']}, "
+            f"{self.record['bytes_per_param']:g} bytes each"
+        )
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def _resume_from(self, checkpoint: Path, text: Corpus) -> None:
+        stored = runfiles.read_run(self.out)["corpus"]["sha256"]
+        if stored != text.info.sha256:
+            raise UserError(
+                f"the text must be that of the run, sha256 {stored[:12]}, got {text.info.sha256[:12]}; "
+                f"resume with the same data (the standard library's sources change with Python's version)"
+            )
+        progress = checkpoints.load(checkpoint, self.config, self.weights, self.optimizer)
+        self.step, self.earlier_s = progress.step, progress.wall_time_s
+        self.scaler.load_state_dict(progress.scaler)
+
+    def _metrics(self, text: Corpus) -> runfiles.Metrics:
+        if not self.accelerator.is_main_process:
+            return runfiles.Metrics(None)
+        runfiles.write_json(self.out / "run.json", self.record)
+        if text.tokenizer_json is not None:
+            runfiles.write_text(self.out / "tokenizer.json", text.tokenizer_json)
+        return runfiles.Metrics(self.out / "metrics.jsonl", self.step)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            self.metrics.sync()
+            progress = checkpoints.Progress(self.step, self._wall_time(), self.scaler.state_dict())
+            folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
+            checkpoints.save(folder, progress, self.config, self.weights, self.optimizer, keep)
+        self.accelerator.wait_for_everyone()
+
+    def _wall_time(self) -> float:
+        return self.earlier_s + time.perf_counter() - self.started
+
+    def _finish(self, status: str, final: dict[str, Any] | None = None) -> dict[str, Any]:
+        self.record |= {
+            "status": status,
+            "state_bytes": runfiles.state_bytes(self.optimizer),
+            "wall_time_s": self._wall_time(),
+            "peak_memory_bytes": runfiles.peak_memory(self.device),
+            "final": final,
+        }
+        self.record = runfiles.plain(self.record)
+        if self.accelerator.is_main_process:
+            runfiles.write_json(self.out / "run.json", self.record)
+        return self.record
+
+
+_AUDIT_KEYS = ("edq", "update_norm", *runfiles.AUDITED)
+
+
+def _loss(model: nn.Module, sequences: Tensor) -> Tensor:
+    """Mean cross-entropy of each next token, in fp32 from the logits on."""
+    logits = model(input_ids=sequences[:, :-1], use_cache=False).logits
+    return cross_entropy(logits.float().flatten(0, 1), sequences[:, 1:].flatten())
+
+
+def _device(config: TrainConfig, accelerator: Accelerator) -> torch.device:
+    if config.device is None or accelerator.num_processes > 1:
+        return accelerator.device
+    try:
+        return torch.empty(0, device=config.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device must be one that torch can use here, got {config.device!r}: {error}") from error
+
+
+def _micro_batch(config: TrainConfig, processes: int) -> int:
+    """Sequences per forward pass in each process."""
+    if config.batch_size % processes:
+        raise UserError(
+            f"batch_size must be a multiple of the number of processes ({processes}), got {config.batch_size}"
+        )
+    share = config.batch_size // processes
+    micro = share if config.micro_batch is None else config.micro_batch
+    if share % micro:
+        raise UserError(f"micro_batch must divide each process's {share} of {config.batch_size} sequences, got {micro}")
+    return micro
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

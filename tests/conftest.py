@@ -1,0 +1,18 @@
+"""What every test finds and leaves: torch's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def restore_global_state() -> Iterator[None]:
+    """Puts the default dtype, the global generator and the thread count back after each test."""
+    dtype, threads, random_state = torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    torch.set_rng_state(random_state)
