@@ -45,7 +45,7 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Go on from the last checkpoint in --out: every later step has the same bits as if the run had never stopped.",
+            help="Go on from the last checkpoint in --out: every later step has the bits of a run that never stopped.",
             rich_help_panel=FILES,
         ),
     ] = False,
@@ -74,6 +74,8 @@ def train(
         settings = {**_read_settings(config), **settings}
     resolved = resume_config(out, settings) if resume else TrainConfig.from_json(settings)
     run = run_training(resolved, out, resume=resume, corpus=corpus, command=_command())
+    if run["status"] == "finished":
+        typer.echo(_result(run))
     if json_file is not None:
         write_json(json_file, run)
     if run["status"] == "interrupted":
@@ -90,12 +92,22 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return TrainConfig.from_json(settings).to_json()
 
 
+def _result(run: dict[str, Any]) -> str:
+    final = run["final"]
+    figures = {"validation loss": final["validation_loss"], "EDQ ratio": final["edq_ratio"]}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
+    return f"{run['name']}: finished {final['step']} steps in {run['wall_time_s']:.0f} s, {shown}"
+
+
 def _command() -> str:
     return shlex.join(["collage", *sys.argv[1:]])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; an error that the user can mend is printed without a traceback, exit code 2; a failed run: 1."""
+    """Run the command line; an error that the user can mend is printed without a traceback.
+
+    Exit codes: 0, 1 for a run that failed, 2 for wrong use, 130 for a run that was stopped.
+    """
     try:
         app(arguments)
     except UserError as error:

@@ -113,7 +113,7 @@ def random_bits_of(fmt: Format, count: int, generator: torch.Generator) -> Tenso
 
 
 def random_numbers(fmt: Format, count: int, low: int, high: int, generator: torch.Generator) -> Tensor:
-    """Float64 numbers of the format with exponents in [low, high]; every third significand is next to a power of two."""
+    """Float64 numbers of the format with exponents in [low, high]; a third lies next to a power of two."""
     ones = 2 ** (fmt.precision - 1)
     significand = torch.randint(ones, 2 * ones, (count,), generator=generator)
     edges = torch.tensor([ones, ones + 1, 2 * ones - 1])

@@ -177,9 +177,9 @@ def _sums(batch: Batch, after: Parts, before: Parts, update: Tensor, squares: Te
     wanted = u != 0
     return torch.stack(
         [
-            (moved * u).sum(),
-            (moved_hi * u).sum(),
-            (u * u).sum(),
+            _total(moved * u),
+            _total(moved_hi * u),
+            _total(u * u),
             wanted.sum(),
             (wanted & (moved == 0)).sum(),
             (wanted & (moved_hi == 0)).sum(),
@@ -187,3 +187,9 @@ def _sums(batch: Batch, after: Parts, before: Parts, update: Tensor, squares: Te
             (decaying & (moved_v == 0)).sum(),
         ]
     ).to(torch.float64)
+
+
+def _total(terms: Tensor) -> Tensor:
+    """The sum of a piece's terms. In parts below the size from which torch divides a sum among threads (2**15): the
+    figures are the same for every thread count."""
+    return torch.stack([part.sum() for part in terms.split(1 << 14)]).sum()

@@ -1,4 +1,4 @@
-"""Formats, rounding, error-free transforms and expansions: pure functions on tensors, the floor everything stands on."""
+"""Formats, rounding, error-free transforms, expansions: pure functions on tensors, on which everything else stands."""
 
 from __future__ import annotations
 

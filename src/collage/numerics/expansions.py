@@ -17,6 +17,7 @@ tested as it stands, in all five formats.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -177,7 +178,7 @@ def scale(x: Expansion, factor: float) -> Expansion:
 def _sum_levels(levels: list[list[Tensor]]) -> list[Tensor]:
     """One component per level: two_sum within a level, its errors to the next; the last level is summed plainly."""
     components = []
-    for level, following in zip(levels, levels[1:], strict=False):
+    for level, following in pairwise(levels):
         total = level[0]
         for term in level[1:]:
             total, e = two_sum(total, term)

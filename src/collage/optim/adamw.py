@@ -138,13 +138,18 @@ class AdamW(Optimizer):
             "differentiable": differentiable,
         }
         self._observers: list[Observer] = []
+        self._constructed = False
         super().__init__(params, defaults)
+        # Only now: a group that is refused must leave the low parts of those before it for another attempt.
+        self._take_full_values(0)
+        self._constructed = True
         warn_of_replaced()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores from a pickle, a deep copy or a loaded state dict; observers stay with the original."""
         super().__setstate__(state)
         self.__dict__.setdefault("_observers", [])
+        self.__dict__.setdefault("_constructed", True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, checked before anything of the optimizer changes. See :class:`torch.optim.Optimizer`."""
@@ -155,12 +160,18 @@ class AdamW(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        first = sum(len(each["params"]) for each in self.param_groups[:-1])
-        for ordinal, param in enumerate(group["params"], first):
-            value = take_full_value(param)
-            if value is not None:
-                layout = resolve(group["strategy"]).layout(param.dtype)
-                self._create_state(param, layout, ordinal, value)
+        if self._constructed:
+            self._take_full_values(len(self.param_groups) - 1)
+
+    def _take_full_values(self, first: int) -> None:
+        """Creates the state of parameters that :func:`collage.to_low_precision` cast, from group ``first`` on."""
+        ordinal = sum(len(group["params"]) for group in self.param_groups[:first])
+        for group in self.param_groups[first:]:
+            for param in group["params"]:
+                value = take_full_value(param)
+                if value is not None:
+                    self._create_state(param, resolve(group["strategy"]).layout(param.dtype), ordinal, value)
+                ordinal += 1
 
     # ---- the step --------------------------------------------------------------------------------------------------
 

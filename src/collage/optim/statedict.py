@@ -6,6 +6,7 @@ casting policy cannot be overridden, so the tensors are kept out of its hands an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,11 +29,10 @@ def detached(state_dict: dict[str, Any]) -> dict[str, Any]:
     }
     groups = []
     for group in state_dict["param_groups"]:
-        plain = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
         strategy = group.get("strategy")
-        if isinstance(strategy, Strategy):
-            plain["strategy"] = strategy.to_dict()
-        groups.append(plain)
+        plain = {"strategy": strategy.to_dict()} if isinstance(strategy, Strategy) else {}
+        # Deep: betas may be a tuple of tensors, and people keep lists under keys of their own.
+        groups.append(copy.deepcopy({**group, **plain}))
     return {**state_dict, "state": state, "param_groups": groups}
 
 
@@ -95,6 +95,9 @@ def check_strategies(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             raise ValueError(
                 "this is not a state of a collage optimizer (no strategy in its groups): see collage.convert"
             )
+        missing = sorted(set(optimizer.defaults) - set(saved))
+        if missing:
+            raise ValueError(f"a parameter group of the state lacks {', '.join(missing)}; add them, with their defaults")
         mine, theirs = resolve(group["strategy"]), resolve(saved["strategy"])
         if mine != theirs:
             raise ValueError(
@@ -119,11 +122,17 @@ def _check_entry(entry: dict[str, Any], param: Tensor, strategy: Strategy, key: 
             f"the state of parameter {key} has {sorted(entry)}; strategy {strategy.name!r} on {param.dtype} keeps "
             f"{sorted(set(wanted) | counters)}. See collage.convert"
         )
-    for name, dtype in wanted.items():
-        if entry[name].dtype != dtype or entry[name].shape != param.shape:
+    expected = {name: (dtype, param.shape) for name, dtype in wanted.items()}
+    # A step kept in bfloat16 stops counting at 256.
+    expected["step"] = (torch.float32, torch.Size())
+    if layout.stochastic:
+        expected["ordinal"] = (torch.int64, torch.Size())
+    for name, (dtype, shape) in expected.items():
+        found = entry[name]
+        if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != shape:
+            what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
-                f"{name} of parameter {key} is {entry[name].dtype} {tuple(entry[name].shape)}; strategy "
-                f"{strategy.name!r} keeps {dtype} {tuple(param.shape)} there"
+                f"{name} of parameter {key} is {what}; strategy {strategy.name!r} keeps {dtype} {tuple(shape)} there"
             )
 
 

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from collage.report.runs import Run, RunFilesError, section
+from collage.train.config import EXECUTING, OBSERVING
 
 BASELINE = "mixed"
 """The strategy that every other is measured against."""
 
-METHOD = ("arithmetic", "backend", "dtype")
+METHOD = ("arithmetic", "dtype")
 """Settings that, with the strategy, say how the state is stored: part of a group, free to differ in a comparison."""
 
-IGNORED = ("seed", "strategy", "checkpoint_every", "keep_checkpoints", "log_every", "device", "threads")
-"""Settings that separate no groups: the seed is what a group varies, the others leave the result as it is."""
+IGNORED = ("seed", "strategy", *OBSERVING, *EXECUTING)
+"""Settings that separate no groups: the seed is what a group varies, the others don't change what is trained."""
 
 FOLDER = "folder"
 

@@ -65,13 +65,17 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def _warnings(summary: Mapping[str, Any]) -> list[str]:
+def warnings(summary: Mapping[str, Any]) -> list[str]:
+    """Sentences that must be read before the figures: runs that can't be compared, and runs without figures."""
     found = [f"{problem}: these runs can't be compared." for problem in summary["warnings"]]
+    named: set[str] = set()
     for row in summary["strategies"]:
         for run in row["unfinished"]:
             of = f" of {run['steps']}" if run["steps"] else ""
             found.append(f"{run['name']} is {run['status']} at step {run['step']}{of}; its figures are left out.")
-    return found
+            named.add(run["name"])
+    missing = [run["name"] for run in summary.get("failed", ()) if run["name"] not in named]
+    return found + [f"{name} failed before its first step." for name in missing]
 
 
 def _verdicts(summary: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -119,7 +123,7 @@ def context(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str
     return {
         "title": _title(summary),
         "subtitle": _subtitle(summary),
-        "warnings": _warnings(summary),
+        "warnings": warnings(summary),
         "verdicts": _verdicts(summary),
         "columns": COLUMNS,
         "rows": [cells(row) for row in summary["strategies"]],

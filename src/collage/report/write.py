@@ -10,7 +10,7 @@ from typing import Any
 from collage.report.groups import group_runs
 from collage.report.page import Picture, context, html, markdown
 from collage.report.plots import PLOTS, render
-from collage.report.runs import COMPARE_FILE, Run, read_compare, read_runs
+from collage.report.runs import COMPARE_FILE, Run, RunFilesError, read_compare, read_runs
 from collage.report.style import DARK, LIGHT
 from collage.report.summary import summarize
 from collage.train.runfiles import write_json, write_text
@@ -74,7 +74,23 @@ def report_on(directories: Sequence[Path], out: Path | None = None) -> Report:
     return write_report(runs, summary, out or directories[0])
 
 
-def write_compare(out: Path, summary: Mapping[str, Any]) -> Path:
-    """Write OUT/compare.json."""
+def report_on_compare(out: Path, **entries: Any) -> Report:
+    """Write compare.json and the report of the comparison in `out`, over its runs that left files.
+
+    Args:
+        out: the comparison's folder.
+        entries: what only the comparison knows: `plan`, `command`, `jobs`, `wall_time_s` and `failed`, the runs that
+            failed; with one of these the status is "incomplete".
+
+    Raises:
+        RunFilesError: no run left files; or, once all is written, runs of one seed did not start alike.
+    """
+    runs = read_runs([out])
+    summary = summarize(runs, **entries)
+    if summary["warnings"] or entries.get("failed"):
+        summary["status"] = "incomplete"
     write_json(out / COMPARE_FILE, summary)
-    return out / COMPARE_FILE
+    report = write_report(runs, summary, out)
+    if summary["warnings"]:
+        raise RunFilesError("not a fair comparison: " + "; ".join(summary["warnings"]))
+    return report

@@ -76,8 +76,12 @@ class TrainConfig:
 
     steps: int = _setting(300, SCHEDULE, "Optimizer steps.")
     schedule: str = _setting("cosine", SCHEDULE, "Path from --lr to --min-lr: cosine, linear or constant.")
-    warmup: int = _setting(20, SCHEDULE, "Steps over which the learning rate rises to --lr.")
-    min_lr: float = _setting(5e-5, SCHEDULE, "Learning rate at the last step (cosine and linear).")
+    warmup: int | None = _setting(
+        None, SCHEDULE, "Steps over which the learning rate rises to --lr; unset: a fifteenth of --steps."
+    )
+    min_lr: float | None = _setting(
+        None, SCHEDULE, "Learning rate at the last step (cosine and linear); unset: a twentieth of --lr."
+    )
 
     batch_size: int = _setting(
         16, BATCH, "Sequences per optimizer step, over all processes: their number doesn't change it."
@@ -127,6 +131,16 @@ class TrainConfig:
     def model_dtype(self) -> torch.dtype:
         """The dtype of the model's weights: `dtype`, or the strategy's own (fp32 trains a float32 model)."""
         return collage.strategies()[self.strategy].param.components(getattr(torch, self.dtype))[0].dtype
+
+    @property
+    def warmup_steps(self) -> int:
+        """`warmup`, or what it stands for where it is unset."""
+        return self.steps // 15 if self.warmup is None else self.warmup
+
+    @property
+    def final_lr(self) -> float:
+        """`min_lr`, or what it stands for where it is unset."""
+        return self.lr / 20 if self.min_lr is None else self.min_lr
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
@@ -199,7 +213,7 @@ def _fail(name: str, got: object, allowed: str, remedy: str = "") -> UserError:
 _INTEGERS = ("steps", "warmup", "batch_size", "seq_len", "micro_batch", "corpus_bytes", "vocab_size", "eval_every")
 _INTEGERS += ("eval_batches", "log_every", "audit_every", "seed", "checkpoint_every", "keep_checkpoints", "threads")
 _NUMBERS = ("lr", "min_lr", "eps", "weight_decay", "clip")
-_OPTIONAL = ("backend", "micro_batch", "data", "corpus_bytes", "vocab_size", "device", "threads")
+_OPTIONAL = ("backend", "warmup", "min_lr", "micro_batch", "data", "corpus_bytes", "vocab_size", "device", "threads")
 
 
 def _check_types(config: TrainConfig) -> None:
@@ -208,7 +222,7 @@ def _check_types(config: TrainConfig) -> None:
         if value is None and name in _OPTIONAL:
             continue
         if name == "betas":
-            _check_betas(value)
+            _check_betas(config.betas)
         elif name in _INTEGERS:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise _fail(name, value, "a whole number")
@@ -256,9 +270,9 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _check_together(config: TrainConfig) -> None:
-    if config.warmup >= config.steps and config.warmup > 0:
+    if config.warmup and config.warmup >= config.steps:
         raise _fail("warmup", config.warmup, f"less than steps ({config.steps})", "lower warmup or raise steps")
-    if config.schedule != "constant" and config.min_lr > config.lr:
+    if config.schedule != "constant" and config.min_lr is not None and config.min_lr > config.lr:
         raise _fail("min_lr", config.min_lr, f"at most lr ({config.lr})", "lower min_lr or raise lr")
     if config.micro_batch is not None and config.batch_size % config.micro_batch:
         raise _fail("micro_batch", config.micro_batch, f"a divisor of batch_size ({config.batch_size})")

@@ -52,8 +52,8 @@ def read_documents(data: str | None, limit: int | None) -> tuple[str, list[str]]
         UserError: nothing there, not text, or too little for two documents.
     """
     if data is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        name, documents = "standard library", _read_files(_standard_library(root))
+        name, path = "standard library", Path(sysconfig.get_paths()["stdlib"])
+        documents = _read_files(_standard_library(path))
         limit = STANDARD_LIBRARY_BYTES if limit is None else limit
     else:
         path = Path(data)
@@ -64,8 +64,8 @@ def read_documents(data: str | None, limit: int | None) -> tuple[str, list[str]]
     if len(taken) < 2:
         bound = "" if limit is None else f" within corpus_bytes = {limit}"
         raise UserError(
-            f"data must give at least 2 documents (one to validate on), got {len(taken)} from {data or root}{bound}; "
-            f"a file's documents end at blank lines, a folder's are its files"
+            f"data must give at least 2 documents (one to validate on), got {len(taken)} from {path}{bound}; "
+            f"a file's documents end at blank lines after {DOCUMENT_CHARACTERS:,} characters, a folder's are its files"
         )
     return name, taken
 

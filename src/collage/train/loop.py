@@ -37,10 +37,10 @@ def train(
         out: the run's folder.
         resume: go on from the last checkpoint in `out`, or from the start where none was written yet.
         corpus: a folder with a prepared corpus, in place of what `config` names.
-        command: how the run was started, for run.json.
+        command: how the run was started, for run.json; a resumed run keeps the one it has.
 
     Returns:
-        The content of run.json; its status is "finished" or "interrupted".
+        The content of run.json; its status is "finished" or "interrupted". A finished run stays as it is.
 
     Raises:
         UserError: settings, text or files that can't be used.
@@ -48,6 +48,8 @@ def train(
     """
     if not resume:
         runfiles.check_unused(out)
+    elif (run := runfiles.read_run(out))["status"] == "finished" and run["final"]["step"] >= config.steps:
+        return run
     with _threads(config.threads):
         return _Run(config, out, resume, corpus, command).run()
 
@@ -92,8 +94,7 @@ class _Run:
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if config.grad_dtype == "float32":
-            for p in self.parameters:
-                p.grad_dtype = torch.float32
+            _keep_gradients_in_float32(self.parameters)
         self.audit = collage.audit(self.optimizer, every=config.audit_every or config.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.model_dtype == torch.float16)
         # Accelerate's optimizer wrapper is left out: it would stand between the loss scaler and the optimizer.
@@ -101,6 +102,7 @@ class _Run:
 
         # ---- files
         self.step, self.earlier_s = 0, 0.0
+        command = runfiles.read_run(out)["command"] if resume else command
         found = checkpoints.latest(out / "checkpoints") if resume else None
         if found is not None:
             self._resume_from(found, text)
@@ -325,6 +327,13 @@ def _micro_batch(config: TrainConfig, processes: int) -> int:
     if share % micro:
         raise UserError(f"micro_batch must divide each process's {share} of {config.batch_size} sequences, got {micro}")
     return micro
+
+
+def _keep_gradients_in_float32(parameters: list[Tensor]) -> None:
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        raise UserError(f"grad_dtype float32 needs torch 2.10 or newer, got {torch.__version__}; use grad_dtype model")
+    for p in parameters:
+        p.grad_dtype = torch.float32
 
 
 @contextmanager

@@ -187,7 +187,8 @@ class Metrics:
     """The records of a run, in its metrics.jsonl and in memory.
 
     Args:
-        path: the file (None: memory only); records up to `step` are kept, later ones (which a resumed run writes again) dropped.
+        path: the file (None: memory only); records up to `step` are kept, later ones dropped,
+            since a resumed run writes them again.
         step: the step that the run goes on from; 0 for a new run.
     """
 
@@ -234,7 +235,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def final_figures(records: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     """The figures of a finished run, all from its records.
 
-    Loss and audited figures are means over the records of the last tenth of the steps; tokens_per_s is the median over all.
+    Loss and audited figures are means over the records of the last tenth of the steps, tokens_per_s is the median
+    over all.
     """
     last = records[-1]
     tail = [record for record in records if record["step"] > steps - max(1, steps // 10)]
