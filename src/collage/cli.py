@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from collage.train.config import RunFailed, TrainConfig, UserError
+from collage.train.config import RunFailed, TrainConfig, UserError, unknown_settings
 from collage.train.extras import need
 
 try:
@@ -18,6 +20,9 @@ except ModuleNotFoundError as error:
 
 from collage.train.options import config_options
 
+if TYPE_CHECKING:
+    from collage.report.write import Report
+
 app = typer.Typer(
     help="Train wholly in low precision, and see what each update loses.",
     no_args_is_help=True,
@@ -25,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-FILES = "Files"
+FILES, COMPARED = "Files", "Comparison"
 
 
 @app.callback()
@@ -74,6 +79,8 @@ def train(
         settings = {**_read_settings(config), **settings}
     resolved = resume_config(out, settings) if resume else TrainConfig.from_json(settings)
     run = run_training(resolved, out, resume=resume, corpus=corpus, command=_command())
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun the first process speaks for all
     if run["status"] == "finished":
         typer.echo(_result(run))
     if json_file is not None:
@@ -89,7 +96,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"--config must be a readable JSON file, got {path}: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--config must hold a JSON object of settings, got a {type(settings).__name__} in {path}")
-    return TrainConfig.from_json(settings).to_json()
+    # Only what the file says: filled with defaults it would contradict the settings of a run to be resumed.
+    unknown_settings(settings)
+    return settings
 
 
 def _result(run: dict[str, Any]) -> str:
@@ -97,6 +106,122 @@ def _result(run: dict[str, Any]) -> str:
     figures = {"validation loss": final["validation_loss"], "EDQ ratio": final["edq_ratio"]}
     shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
     return f"{run['name']}: finished {final['step']} steps in {run['wall_time_s']:.0f} s, {shown}"
+
+
+@app.command()
+@config_options(without=("strategy", "seed"))
+def compare(
+    settings: dict[str, Any],
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            help="Strategies, separated by commas. [default: plain,light,plus,mixed]", rich_help_panel=COMPARED
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Seeds 0 to N-1, each with every strategy. [default: 3]", rich_help_panel=COMPARED),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Runs at the same time, sharing the cores. Unset: on a CPU one for each core with one thread, on an "
+            "accelerator one.",
+            rich_help_panel=COMPARED,
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the comparison; it gets a folder for each run, and the report.", rich_help_panel=FILES
+        ),
+    ] = Path("runs/compare"),
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the comparison in --out: finished runs are kept, the others continue. Strategies and "
+            "seeds may be added.",
+            rich_help_panel=FILES,
+        ),
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the result (compare.json) to this file as well.", rich_help_panel=FILES),
+    ] = None,
+) -> None:
+    """Train one model with several strategies, from the same weights on the same batches, and report on them.
+
+    Without options: a small GPT with plain, light, plus and mixed, on the Python standard library's sources.
+    """
+    need("train")
+    need("report")
+    from rich.console import Console
+
+    from collage.report.write import report_on_compare
+    from collage.train.compare import make_plan, note_end, prepare, run_all, share_machine
+    from collage.train.compare_display import CompareDisplay
+
+    plan, jobs = share_machine(make_plan(settings, strategies, seeds, out, resume=resume), jobs)
+    started = time.monotonic()
+    known = prepare(plan, _command())
+    display = CompareDisplay(plan.runs(), Console())
+    outcomes = run_all(plan.runs(), plan.corpus, jobs, display)
+    known |= {"jobs": jobs, "wall_time_s": known["wall_time_s"] + time.monotonic() - started}
+
+    known["failed"] = [outcome.to_json() for outcome in outcomes if outcome.status == "failed"]
+    done = sum(outcome.status == "finished" for outcome in outcomes)
+    stopped = any(outcome.status in ("interrupted", "not started") for outcome in outcomes)
+    if stopped or not done:
+        note_end(plan, "interrupted" if stopped else "incomplete", known)
+    else:
+        _show_report(report_on_compare(out, **known), json_file)
+    if stopped:
+        display.say(f"stopped; {done} of {len(outcomes)} runs have finished. Go on with: {_resume_command(out)}")
+        raise typer.Exit(130)
+    if known["failed"]:
+        names = ", ".join(each["name"] for each in known["failed"])
+        raise RunFailed(
+            f"{len(known['failed'])} of {len(outcomes)} runs failed: {names}. Once the cause is mended, go "
+            f"on with: {_resume_command(out)}"
+        )
+
+
+def _resume_command(out: Path) -> str:
+    return shlex.join(["collage", "compare", "--out", str(out), "--resume"])
+
+
+@app.command()
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that `collage train` or `collage compare` wrote.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, report.md and plots/. Unset: the first DIR.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Make report.html, report.md and plots from the files of runs and comparisons."""
+    need("report")
+    from collage.report.write import report_on
+
+    _show_report(report_on(directories, out), json_file)
+
+
+def _show_report(report: Report, json_file: Path | None) -> None:
+    from rich.console import Console
+
+    from collage.report.page import show
+    from collage.report.summary import data
+    from collage.train.runfiles import write_json
+
+    console = Console()
+    show(report.summary, console)
+    console.print(f"report: {report.html}", markup=False, highlight=False, soft_wrap=True)
+    if json_file is not None:
+        write_json(json_file, data(report.summary))
+    if report.summary["warnings"]:
+        raise RunFailed("runs of one seed did not start alike, so the figures are no comparison")
 
 
 def _command() -> str:

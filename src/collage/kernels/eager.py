@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from collage.kernels.contract import DRAWS, SUMS, Batch, Layout, Scalars
-from collage.numerics import counter, format_of, round_nearest
+from collage.numerics import (
+    add_scalar,
+    counter,
+    div_rn,
+    div_scalar,
+    format_of,
+    mul_rn,
+    mul_scalar,
+    round_nearest,
+    sqrt_rn,
+    sub_rn,
+)
 
 # Elements per piece. It divides 2**32, so that a piece never straddles a boundary of the random keys.
 CHUNK = 1 << 17
@@ -31,14 +42,17 @@ class _Buffers(threading.local):
         """The buffer of this name, as long as ``like``."""
         key = (name, like.device, dtype)
         if key not in self._kept:
-            self._kept[key] = torch.empty(CHUNK, dtype=dtype, device=like.device)
+            # A tensor made in inference mode could not be written outside of it, by any later step of the thread.
+            with torch.inference_mode(False):
+                self._kept[key] = torch.empty(CHUNK, dtype=dtype, device=like.device)
         return self._kept[key][: like.numel()]
 
     def index(self, like: Tensor) -> Tensor:
         """0, 1, 2, ... as int32, as long as ``like``."""
         key = ("index", like.device, torch.int32)
         if key not in self._kept:
-            self._kept[key] = torch.arange(CHUNK, dtype=torch.int32, device=like.device)
+            with torch.inference_mode(False):
+                self._kept[key] = torch.arange(CHUNK, dtype=torch.int32, device=like.device)
         return self._kept[key][: like.numel()]
 
 
@@ -140,24 +154,17 @@ def _fp32(layout: Layout, k: Scalars, parts: Parts, g: Tensor, bits: Bits, audit
 
 
 def _working(layout: Layout, k: Scalars, parts: Parts, gradient: Tensor, bits: Bits, audit: bool) -> Tensor:
-    """The same rule with every operation rounded to the format (paper section 4, operation by operation). Scalars stay
-    float64 and multiply with one rounding; the square root and the weight decay read hi alone."""
-    fmt = format_of(parts["param"][0])
-
-    def rounded(x: Tensor) -> Tensor:
-        """Rounds a float64 result once; the values of the format are exact in float64."""
-        return round_nearest(x, fmt).to(torch.float64)
-
-    g = rounded(gradient.to(torch.float64))
-    layout.exp_avg.working_average(parts["exp_avg"], k.beta1, rounded(g * k.one_minus_beta1).to(fmt.dtype))
-    addend = rounded(rounded(g * g) * k.one_minus_beta2).to(fmt.dtype)
-    layout.exp_avg_sq.working_average(parts["exp_avg_sq"], k.beta2, addend)
-    m, v, theta = (parts[role][0].to(torch.float64) for role in ("exp_avg", "exp_avg_sq", "param"))
-    root = rounded(rounded(v.sqrt()) / torch.tensor(k.bias_correction2_sqrt, dtype=torch.float64, device=v.device))
-    u = rounded(rounded(m * k.step_size) / rounded(root + k.eps))
+    """The same rule with every operation rounded once to the format (paper section 4, operation by operation). Scalars
+    stay float64; the square root and the weight decay read hi alone."""
+    g = round_nearest(gradient, format_of(parts["param"][0]))
+    layout.exp_avg.working_average(parts["exp_avg"], k.beta1, mul_scalar(g, k.one_minus_beta1))
+    layout.exp_avg_sq.working_average(parts["exp_avg_sq"], k.beta2, mul_scalar(mul_rn(g, g), k.one_minus_beta2))
+    m, v, theta = (parts[role][0] for role in ("exp_avg", "exp_avg_sq", "param"))
+    root = div_scalar(sqrt_rn(v), k.bias_correction2_sqrt)
+    u = div_rn(mul_scalar(m, k.step_size), add_scalar(root, k.eps))
     if k.decay != 0:
-        u = rounded(u - rounded(theta * k.decay))
-    layout.param.working_add(parts["param"], u.to(fmt.dtype))
+        u = sub_rn(u, mul_scalar(theta, k.decay))
+    layout.param.working_add(parts["param"], u)
     return u
 
 

@@ -36,6 +36,7 @@ from collage.numerics.rounding import (
     round_stochastic_into,
     round_ties_away,
 )
+from collage.numerics.scalars import add_scalar, div_scalar, mul_scalar
 
 __all__ = [
     "BF16",
@@ -48,8 +49,10 @@ __all__ = [
     "Format",
     "add",
     "add_rn",
+    "add_scalar",
     "div",
     "div_rn",
+    "div_scalar",
     "draw",
     "fast_two_sum",
     "format_of",
@@ -60,6 +63,7 @@ __all__ = [
     "keys",
     "mul",
     "mul_rn",
+    "mul_scalar",
     "random_bits",
     "renormalize",
     "round_into",

@@ -97,7 +97,7 @@ def check_strategies(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             )
         missing = sorted(set(optimizer.defaults) - set(saved))
         if missing:
-            raise ValueError(f"a parameter group of the state lacks {', '.join(missing)}; add them, with their defaults")
+            raise ValueError(f"a parameter group of the state lacks {', '.join(missing)}; add them with their defaults")
         mine, theirs = resolve(group["strategy"]), resolve(saved["strategy"])
         if mine != theirs:
             raise ValueError(

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from collage.report.runs import Run, RunFilesError, section
-from collage.train.config import EXECUTING, OBSERVING
+from collage.report.runs import Run, section
+from collage.train.config import EXECUTING, OBSERVING, UserError
 
 BASELINE = "mixed"
 """The strategy that every other is measured against."""
@@ -96,14 +96,14 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     runs that repeat a seed in different folders.
 
     Raises:
-        RunFilesError: two runs of one folder have the same strategy, settings and seed.
+        UserError: two runs of one folder have the same strategy, settings and seed.
     """
     groups = _grouped(runs, folders=False)
     if _repeated_seed(groups):
         groups = _grouped(runs, folders=True)
     if repeated := _repeated_seed(groups):
         first, second = repeated
-        raise RunFilesError(
+        raise UserError(
             f"{first.path} and {second.path} are both {first.strategy} with seed {first.seed} and the same "
             "settings; give only one of them"
         )

@@ -11,9 +11,12 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from collage.report.columns import COLUMNS, cells
-from collage.report.verdicts import verdict
+from collage.report.wording import COLUMNS, cells, verdict
 
 _MARKDOWN_SIGNS = re.compile(r"([\\`*_\[\]<>|])")
 
@@ -156,3 +159,33 @@ def markdown(entries: Mapping[str, Any]) -> str:
         autoescape=False, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_markdown
     )
     return _render("report.md.j2", entries, environment)
+
+
+# ---- the terminal ---------------------------------------------------------------------------------------------------
+
+
+def table(summary: Mapping[str, Any], console: Console) -> Table:
+    """The figures of all strategies, a line for each; on a narrow console a column for each."""
+    lines = [[column.heading for column in COLUMNS], *map(cells, summary["strategies"])]
+    upright = _table(lines)
+    if console.measure(upright).minimum <= console.width:
+        return upright
+    return _table([[text.replace(" ± ", "\n± ") for text in line] for line in zip(*lines, strict=True)])
+
+
+def _table(lines: Sequence[Sequence[str]]) -> Table:
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for index, heading in enumerate(lines[0]):
+        made.add_column(heading, justify="right" if index else "left", vertical="bottom")
+    for line in lines[1:]:
+        made.add_row(*(Text(text, no_wrap=True) for text in line))
+    return made
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the table, what is to be known before reading it, and a sentence for each strategy."""
+    for warning in warnings(summary):
+        console.print(warning, style="yellow", markup=False, highlight=False)
+    console.print(table(summary, console))
+    for row in summary["strategies"]:
+        console.print(verdict(row), markup=False, highlight=False)

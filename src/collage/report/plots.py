@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from collage.report.columns import plain, with_spread
 from collage.report.groups import BASELINE, Group, baseline_of
 from collage.report.memory import PARTS, UNSPLIT, group_split
 from collage.report.stats import Curve, difference_curve, group_curve, mean, paired_difference, spread
 from collage.report.style import DPI, WIDTH, Line, Theme, lines
+from collage.report.wording import plain, with_spread
 
 MARKS = 8
 """Marks along a curve; those of different groups stand at different places, so that none hides another."""
@@ -45,7 +45,7 @@ def _legend(figure: Figure, looks: Looks) -> None:
         for group, look in looks
     ]
     longest = max(len(group.label) for group, _ in looks)
-    columns = max(1, min(len(looks), 5, 66 // (longest + 7)))
+    columns = max(1, min(len(looks), 5, 58 // (longest + 7)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3.2)
 
 
@@ -232,7 +232,9 @@ def draw_memory(looks: Looks, theme: Theme) -> Figure | None:
         return None
     figure = _figure(1.2 + 0.42 * len(splits))
     axes = figure.subplots()
-    fills = dict(zip((*PARTS, UNSPLIT), ("blue", "orange", "green", "sky", "purple", "gray"), strict=True))
+    fills: dict[str, str] = dict(
+        zip((*PARTS, UNSPLIT), ("blue", "orange", "green", "sky", "purple", "gray"), strict=True)
+    )
     used = [part for part in fills if any(parts.get(part) for _, parts in splits)]
     for y, (_, parts) in enumerate(splits):
         _draw_bar(axes, y, {part: (parts.get(part, 0.0), theme.palette[fills[part]]) for part in used}, theme)
@@ -253,7 +255,9 @@ def _draw_bar(axes: Axes, y: int, parts: Mapping[str, tuple[float, str]], theme:
     for value, colour in parts.values():
         if value:
             axes.barh(y, value, left=left, height=0.66, color=colour, edgecolor=theme.background, linewidth=1.2)
-            axes.text(left + value / 2, y, plain(value, ".3g"), ha="center", va="center", fontsize="small", color="#000000")
+            axes.text(
+                left + value / 2, y, plain(value, ".3g"), ha="center", va="center", fontsize="small", color="#000000"
+            )
         left += value
     axes.annotate(plain(left, ".4g"), (left, y), (5, 0), textcoords="offset points", va="center", fontweight="bold")
 
@@ -281,7 +285,8 @@ PLOTS = (
         "updates",
         "What became of the updates",
         "Above: how far the stored weights moved along the intended way. Below: the share of weights that should "
-        "have changed in a step and did not. Lines that lie on top of each other differ in width, and their marks take turns.",
+        "have changed in a step and did not. Lines that lie on top of each other differ in width, and their "
+        "marks take turns.",
         lambda looks, theme: draw_updates(looks),
     ),
     Plot(
@@ -299,7 +304,7 @@ PLOTS = (
 )
 
 
-def _rc(theme: Theme) -> dict[str, object]:
+def _rc(theme: Theme) -> dict[Any, Any]:
     colours = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
     return {
         **dict.fromkeys(colours, theme.ink),
@@ -308,7 +313,7 @@ def _rc(theme: Theme) -> dict[str, object]:
         "axes.facecolor": theme.background,
         "figure.facecolor": theme.background,
         "font.family": "DejaVu Sans",
-        "font.size": 10.0,
+        "font.size": 11.5,
         "axes.formatter.use_mathtext": True,
     }
 

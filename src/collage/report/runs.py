@@ -6,23 +6,15 @@ Files of any age are read: a field that a file does not have is None, and nothin
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from collage.train.compare import COMPARE_FILE, METRICS_FILE, RUN_FILE, read_json
 from collage.train.config import UserError
 from collage.train.runfiles import read_metrics
-
-RUN_FILE = "run.json"
-METRICS_FILE = "metrics.jsonl"
-COMPARE_FILE = "compare.json"
-
-
-class RunFilesError(UserError):
-    """Run files that are missing or cannot be read."""
 
 
 def number(value: object) -> float | None:
@@ -95,26 +87,16 @@ class Run:
         return {step: math.nan if value is None else value for step, value in values}
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunFilesError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise RunFilesError(f"{file} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
 def in_step_order(records: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
     """`records` with rising steps: a run that was resumed writes some again, and the later record counts.
 
     Raises:
-        RunFilesError: a record has no step.
+        UserError: a record has no step.
     """
     kept: list[Mapping[str, Any]] = []
     for record in records:
         if not isinstance(record, Mapping) or number(record.get("step")) is None:
-            raise RunFilesError(f"a record of {METRICS_FILE} must be an object with a step, got {record!r}")
+            raise UserError(f"a record of {METRICS_FILE} must be an object with a step, got {record!r}")
         while kept and kept[-1]["step"] >= record["step"]:
             kept.pop()
         kept.append(record)
@@ -122,15 +104,15 @@ def in_step_order(records: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, An
 
 
 def read_run(directory: Path) -> Run:
-    """The run in `directory`. Raises RunFilesError if its `run.json` cannot be read."""
-    record = _json_object(directory / RUN_FILE)
+    """The run in `directory`. Raises UserError if its `run.json` cannot be read."""
+    record = read_json(directory / RUN_FILE)
     return Run(directory, record, in_step_order(read_metrics(directory / METRICS_FILE)))
 
 
 def read_compare(directory: Path) -> dict[str, Any] | None:
     """The `compare.json` of `directory`, or None if there is none."""
     file = directory / COMPARE_FILE
-    return _json_object(file) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def run_directories(directory: Path) -> list[Path]:
@@ -138,10 +120,10 @@ def run_directories(directory: Path) -> list[Path]:
     if (directory / RUN_FILE).is_file():
         return [directory]
     if not directory.is_dir():
-        raise RunFilesError(f"{directory} is not a directory; give run or compare directories")
+        raise UserError(f"{directory} is not a directory; give run or compare directories")
     found = sorted(file.parent for file in directory.glob(f"*/{RUN_FILE}"))
     if not found:
-        raise RunFilesError(
+        raise UserError(
             f"no run files in {directory}: looked for {RUN_FILE} there and one folder below; "
             "give a directory that `collage train` or `collage compare` wrote"
         )
@@ -152,7 +134,7 @@ def read_runs(directories: Iterable[Path]) -> list[Run]:
     """Every run in the given run and compare directories, each once.
 
     Raises:
-        RunFilesError: a directory holds no run, or a file in it cannot be read.
+        UserError: a directory holds no run, or a file in it cannot be read.
     """
     unique = {path.resolve(): path for directory in directories for path in run_directories(directory)}
     return [read_run(path) for path in unique.values()]

@@ -61,11 +61,16 @@ def shared(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in first.items() if all(each.get(key) == value for each in others)}
 
 
+def data(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary as it is written to a file: without the rows of strategies of which no run has finished."""
+    return {**summary, "strategies": [row for row in summary["strategies"] if row["seeds"]]}
+
+
 def summarize(runs: Sequence[Run], **extra: Any) -> dict[str, Any]:
     """The summary of `runs`; `extra` (such as `command` and `jobs`) is put in as it is.
 
     Raises:
-        RunFilesError: two runs are the same strategy, settings and seed.
+        UserError: two runs are the same strategy, settings and seed.
     """
     groups = group_runs(runs)
     records = [run.record for run in runs]

@@ -118,6 +118,11 @@ class Storage(ABC):
         raise TypeError(f"{self!r} has no arithmetic of its own format; use arithmetic='fp32'")
 
 
+def operand(part: Tensor) -> Tensor:
+    """A component as an operand beside float32: torch promotes 16-bit dtypes by itself, 8-bit ones not at all."""
+    return part.to(torch.float32) if part.dtype.itemsize == 1 else part
+
+
 def check_rounding(rounding: str) -> None:
     """Raises ValueError unless ``rounding`` is one of the two there are."""
     if rounding not in ("nearest", "stochastic"):

@@ -15,7 +15,7 @@ from collage.numerics import (
     round_into,
     round_stochastic_into,
 )
-from collage.storage.contract import Component, FormatLike, Parts, Storage, check_rounding
+from collage.storage.contract import Component, FormatLike, Parts, Storage, check_rounding, operand
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Expansion(Storage):
         """``RN32(hi + RN32(lo + ...))``: exact for what a store from float32 wrote."""
         out.copy_(parts[-1])
         for part in reversed(parts[:-1]):
-            out.add_(part)
+            out.add_(operand(part))
         return out
 
     def store(self, value: Tensor, parts: Parts, bits: Tensor | None, scratch: Tensor) -> None:
@@ -91,7 +91,7 @@ class Expansion(Storage):
     @staticmethod
     def _subtract_(value: Tensor, part: Tensor) -> None:
         """What ``part`` leaves of ``value``; nothing where they are infinite or nan. Exact."""
-        value.sub_(part).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        value.sub_(operand(part)).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     def exact(self, parts: Parts) -> Tensor:
         """The sum, from the smallest component up."""

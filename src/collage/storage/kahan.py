@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from collage.numerics import format_of, round_into, round_nearest
-from collage.storage.contract import Component, FormatLike, Parts, Storage
+from collage.storage.contract import Component, FormatLike, Parts, Storage, operand
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Kahan(Storage):
 
     def load(self, parts: Parts, out: Tensor) -> Tensor:
         """``RN32(p + c)``."""
-        return out.copy_(parts[1]).add_(parts[0])
+        return out.copy_(parts[1]).add_(operand(parts[0]))
 
     def store(self, value: Tensor, parts: Parts, bits: Tensor | None, scratch: Tensor) -> None:
         """p to nearest, c what is left of it; used where a value, not an update, comes in."""
         hi, lo = parts
         round_into(value, hi)
-        round_into(value.sub_(hi).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0), lo)
+        round_into(value.sub_(operand(hi)).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0), lo)
 
     def exact(self, parts: Parts) -> Tensor:
         """``p + c``."""
@@ -53,9 +53,9 @@ class Kahan(Storage):
     def add(self, parts: Parts, value: Tensor, update: Tensor, bits: Tensor | None, scratch: Tensor) -> None:
         """The rule above, with the float32 ``update`` in its first rounding."""
         hi, lo = parts
-        round_into(update.add_(lo), lo)
+        round_into(update.add_(operand(lo)), lo)
         value.copy_(hi)
-        round_into(scratch.copy_(lo).add_(hi), hi)
+        round_into(scratch.copy_(lo).add_(operand(hi)), hi)
         # RN(p' - p): what the parameter really moved, in the format.
         moved = scratch.copy_(hi).sub_(value)
         update.copy_(round_nearest(moved, format_of(hi)))

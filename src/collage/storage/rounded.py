@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collage.numerics import format_of, round_into, round_nearest, round_stochastic_into
+from collage.numerics import add_rn, mul_scalar, round_into, round_stochastic_into
 from collage.storage.contract import Component, FormatLike, Parts, Storage, check_rounding
 
 
@@ -58,11 +58,8 @@ class Rounded(Storage):
 
     def working_add(self, parts: Parts, update: Tensor) -> None:
         """``RN(p + u)``."""
-        fmt = format_of(parts[0])
-        parts[0].copy_(round_nearest(parts[0].to(fmt.wide) + update.to(fmt.wide), fmt))
+        parts[0].copy_(add_rn(parts[0], update))
 
     def working_average(self, parts: Parts, beta: float, addend: Tensor) -> None:
         """``RN(RN(beta * v) + a)``; beta stays in high precision."""
-        fmt = format_of(parts[0])
-        decayed = round_nearest(parts[0].to(torch.float64) * beta, fmt)
-        parts[0].copy_(round_nearest(decayed.to(fmt.wide) + addend.to(fmt.wide), fmt))
+        parts[0].copy_(add_rn(mul_scalar(parts[0], beta), addend))

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import Optimizer
 
-from collage.train.config import EXECUTING, OBSERVING, TrainConfig, UserError
+from collage.train.config import TrainConfig, UserError, resumed
 from collage.train.runfiles import write_json
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def save(
     Until the new checkpoint is whole and on the disk, the older ones stay as they are.
     """
     target = folder / f"step-{progress.step:06d}"
-    aside = folder / f".{target.name}.{os.getpid()}"
+    aside = folder / f".{target.name}"
+    for abandoned in folder.glob(".step-*"):
+        shutil.rmtree(abandoned)
     try:
         aside.mkdir(parents=True)
         _write(aside, progress, config, model, optimizer)
@@ -73,7 +75,7 @@ def save(
         _to_disk(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for old in _complete(folder)[:-keep]:
+    for old in set(_numbered(folder)) - set(_complete(folder)[-keep:]):
         shutil.rmtree(old)
     return target
 
@@ -103,9 +105,13 @@ def _to_disk(path: Path) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------------
 
 
-def _complete(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if all((path / name).is_file() for name in FILES)]
+def _numbered(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _complete(folder: Path) -> list[Path]:
+    return [path for path in _numbered(folder) if all((path / name).is_file() for name in FILES)]
 
 
 def latest(folder: Path) -> Path | None:
@@ -127,7 +133,9 @@ def load(path: Path, config: TrainConfig, model: torch.nn.Module, optimizer: Opt
     for key, tensor in _read_tensors(path / "optimizer.safetensors").items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = tensor
-    groups = _read_json(path / "optimizer.json")["param_groups"]
+    groups = [
+        {**group, "betas": tuple(group["betas"])} for group in _read_json(path / "optimizer.json")["param_groups"]
+    ]
     try:
         _load_weights(model, weights)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -137,13 +145,10 @@ def load(path: Path, config: TrainConfig, model: torch.nn.Module, optimizer: Opt
 
 
 def _check_config(path: Path, stored: TrainConfig, config: TrainConfig) -> None:
-    theirs, ours = stored.to_json(), config.to_json()
-    # More steps are let through where the run's own settings allow them (config.resumed).
-    free = {*OBSERVING, *EXECUTING} | ({"steps"} if config.schedule == "constant" else set())
-    changed = [name for name in ours if name not in free and ours[name] != theirs[name]]
-    if changed:
-        listed = "; ".join(f"{name} {theirs[name]!r} instead of {ours[name]!r}" for name in changed)
-        raise CheckpointError(f"{path} is a checkpoint of other settings: {listed}; resume the run it belongs to")
+    try:
+        resumed(stored, config.to_json())
+    except UserError as error:
+        raise CheckpointError(f"{path} is a checkpoint of other settings: {error}") from error
 
 
 def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -26,7 +26,7 @@ from collage.train.data import prepare_corpus
 from collage.train.runfiles import FORMAT, write_json
 from collage.train.signals import StopSignals
 
-STRATEGIES = ("plain", "light", "plus", "mixed")
+STRATEGIES, SEEDS = ("plain", "light", "plus", "mixed"), 3
 """What is compared unless said otherwise."""
 
 COMPARE_FILE, RUN_FILE, METRICS_FILE, OUTPUT_FILE = "compare.json", "run.json", "metrics.jsonl", "output.log"
@@ -58,8 +58,16 @@ class Planned:
     @property
     def finished(self) -> bool:
         """Whether the folder holds this run, trained for as many steps as are wanted."""
-        run = read_json(self.folder / RUN_FILE) if self.started else {}
+        run = self._read()
         return run.get("status") == "finished" and run["final"]["step"] >= self.config.steps
+
+    @property
+    def failed(self) -> bool:
+        """Whether the folder holds this run and it could not go on."""
+        return self._read().get("status") == "failed"
+
+    def _read(self) -> dict[str, Any]:
+        return read_json(self.folder / RUN_FILE) if self.started else {}
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,16 @@ class Plan:
         pairs = [(strategy, seed) for seed in range(self.seeds) for strategy in self.strategies]
         configs = [replace(self.config, strategy=strategy, seed=seed) for strategy, seed in pairs]
         return [Planned(config, self.out / f"{config.strategy}-seed{config.seed}") for config in configs]
+
+    @property
+    def corpus(self) -> Path:
+        """The folder of the text that all runs share."""
+        return self.out / "corpus"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to be run."""
+        return all(each.finished for each in self.runs())
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON types."""
@@ -124,13 +142,13 @@ def make_plan(settings: dict[str, Any], strategies: str | None, seeds: int | Non
                 "its comparison, or choose another folder"
             )
         config = TrainConfig.from_json(settings)
-        return Plan(STRATEGIES if names is None else names, 1 if seeds is None else seeds, config, out)
+        return Plan(STRATEGIES if names is None else names, SEEDS if seeds is None else seeds, config, out)
     earlier = stored.get("plan")
     if not isinstance(earlier, dict):
         raise UserError(f"{out / COMPARE_FILE} holds no plan to go on with; start another comparison in another --out")
     config = resumed(TrainConfig.from_json(earlier["config"]), settings)
     together = tuple(dict.fromkeys((*earlier["strategies"], *(names or ()))))
-    return Plan(together, max(earlier["seeds"], 1 if seeds is None else seeds), config, out)
+    return Plan(together, earlier["seeds"] if seeds is None else max(earlier["seeds"], seeds), config, out)
 
 
 def cores() -> int:
@@ -146,7 +164,8 @@ def on_accelerator(device: str | None) -> bool:
 def share_machine(plan: Plan, jobs: int | None) -> tuple[Plan, int]:
     """The plan with its number of threads, and how many runs are made at the same time.
 
-    On a CPU, one run for each core, and an equal share of the cores for each run; one run at a time on an accelerator.
+    One run at a time on an accelerator. On a CPU a run has one thread, so that its figures don't depend on the number
+    of cores, and there is a run for each core; `jobs` shares the cores out equally instead.
 
     Raises:
         UserError: `jobs` is not positive.
@@ -156,28 +175,29 @@ def share_machine(plan: Plan, jobs: int | None) -> tuple[Plan, int]:
     count = len(plan.runs())
     if on_accelerator(plan.config.device):
         return plan, min(jobs or 1, count)
-    jobs = min(jobs or max(1, cores() // (plan.config.threads or 1)), count)
-    threads = plan.config.threads or max(1, cores() // jobs)
-    return replace(plan, config=replace(plan.config, threads=threads)), jobs
+    threads = plan.config.threads or (1 if jobs is None else max(1, cores() // jobs))
+    return replace(plan, config=replace(plan.config, threads=threads)), min(jobs or max(1, cores() // threads), count)
 
 
-def prepare(plan: Plan, command: str) -> Path:
-    """Write the plan and the corpus that all runs share to the plan's folder; returns the corpus's folder."""
-    corpus = plan.out / "corpus"
-    if not (corpus / "corpus.json").exists():
-        prepare_corpus(plan.config).save(corpus)
+def prepare(plan: Plan, command: str) -> dict[str, Any]:
+    """Write the corpus that all runs share, then compare.json with the plan.
+
+    Returns:
+        What only the comparison knows: its plan, the commands that made it, and the seconds spent on it before.
+    """
     file = plan.out / COMPARE_FILE
     earlier = read_json(file) if file.exists() else {}
+    # Without a plan beside it, a corpus comes from an attempt that may have had other settings.
+    if not (earlier and (plan.corpus / "corpus.json").exists()):
+        prepare_corpus(plan.config).save(plan.corpus)
     commands = dict.fromkeys([*(earlier.get("command") or "").splitlines(), command])
-    record = {
-        "format": FORMAT,
-        "status": "running",
-        "command": "\n".join(each for each in commands if each),
+    known = {
+        "command": "\n".join(commands),
         "plan": plan.to_json(),
         "wall_time_s": earlier.get("wall_time_s") or 0.0,
     }
-    write_json(file, {**record, "strategies": []})
-    return corpus
+    note_end(plan, "running", known)
+    return known
 
 
 # ---- one child -------------------------------------------------------------------------------------------------
@@ -224,6 +244,7 @@ class Child:
 
     def __init__(self, planned: Planned, corpus: Path) -> None:
         self.planned = planned
+        self._asked_to_stop = False
         write_json(planned.folder / "config.json", planned.config.to_json())
         self._log: IO[bytes] = (planned.folder / OUTPUT_FILE).open("ab")
         # A session of its own: Ctrl-C on the terminal reaches the parent alone, and a child gets it once, from there.
@@ -256,14 +277,15 @@ class Child:
         self._log.close()
         if code == 0 and self.planned.finished:
             return Outcome(self.planned, "finished")
-        run = self.planned.folder / RUN_FILE
-        if code == 130 or (self.planned.started and read_json(run)["status"] == "interrupted"):
+        # Asked early, while it still imports, it leaves without a checkpoint, with any code.
+        if self._asked_to_stop and not self.planned.failed:
             return Outcome(self.planned, "interrupted")
         lines = [line for line in _tail(self.planned.folder / OUTPUT_FILE) if line.strip()]
         return Outcome(self.planned, "failed", tuple([*lines[-TAIL_LINES:], f"exit code {code}"]))
 
     def ask_to_stop(self) -> None:
         """Let the run save a checkpoint and leave."""
+        self._asked_to_stop = True
         self._process.send_signal(signal.SIGINT)
 
     def end(self) -> None:
@@ -343,6 +365,6 @@ def run_all(planned: Sequence[Planned], corpus: Path, jobs: int, watcher: Watche
     return [outcomes[each.folder] for each in planned]
 
 
-def stop_status(outcomes: Sequence[Outcome]) -> bool:
-    """Whether the comparison was stopped before its end, so that it is to be resumed rather than reported."""
-    return any(outcome.status in ("interrupted", "not started") for outcome in outcomes)
+def note_end(plan: Plan, status: str, known: dict[str, Any]) -> None:
+    """Write compare.json for a comparison without figures."""
+    write_json(plan.out / COMPARE_FILE, {"format": FORMAT, "status": status, **known, "strategies": []})

@@ -49,7 +49,7 @@ class TrainConfig:
         UserError: a setting, or two settings together, can't be trained with.
     """
 
-    model: str = _setting("gpt-1m", MODEL, "Architecture, with fresh weights: gpt-1m, gpt-10m or gpt-125m.")
+    model: str = _setting("gpt-1m", MODEL, f"Architecture, with fresh weights: {', '.join(MODELS)}.")
     strategy: str = _setting(
         "plus",
         MODEL,
@@ -57,7 +57,10 @@ class TrainConfig:
         "plus-nearest, fp32-states, mixed, fp32. 'light' adds a low part to each weight, 'plus' to v as well.",
     )
     dtype: str = _setting(
-        "bfloat16", MODEL, "The low-precision format: bfloat16, or float16 (with dynamic loss scaling)."
+        "bfloat16",
+        MODEL,
+        "The low-precision format: bfloat16, or float16 with dynamic loss scaling. float16 has no room for a small v: "
+        "give --eps 1e-4, or a strategy with fp32 moments.",
     )
     arithmetic: str = _setting(
         "fp32", MODEL, "What the optimizer computes in: fp32, or working (each operation rounded to the format)."
@@ -121,8 +124,8 @@ class TrainConfig:
     threads: int | None = _setting(None, RUN, "CPU threads; unset: as many as torch takes.")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
         _check_types(self)
+        object.__setattr__(self, "betas", tuple(self.betas))
         _check_choices(self)
         _check_ranges(self)
         _check_together(self)
@@ -159,6 +162,7 @@ class TrainConfig:
 
 OBSERVING = ("log_every", "eval_every", "audit_every")
 EXECUTING = ("checkpoint_every", "keep_checkpoints", "device", "threads", "backend")
+_FILLED = {"warmup": "warmup_steps", "min_lr": "final_lr"}
 
 
 def resumed(stored: TrainConfig, given: dict[str, Any]) -> TrainConfig:
@@ -172,18 +176,27 @@ def resumed(stored: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     """
     unknown_settings(given)
     free = {*OBSERVING, *EXECUTING}
-    if stored.schedule == "constant" and given.get("steps", 0) >= stored.steps:
-        free.add("steps")
     wanted = replace(stored, **given)
-    changed = [name for name in given if name not in free and getattr(wanted, name) != getattr(stored, name)]
+    if stored.schedule == "constant" and wanted.steps >= stored.steps:
+        free.add("steps")
+    changed = [name for name in given if name not in free and _contradicts(name, wanted, stored)]
     if changed:
         listed = "; ".join(f"{option(n)} {getattr(wanted, n)} (the run has {getattr(stored, n)})" for n in changed)
         raise UserError(
             f"a resumed run keeps the settings it was started with, got {listed}; allowed to change: "
-            f"{', '.join(map(option, sorted(free)))}, and --steps upwards with --schedule constant. "
+            f"{', '.join(map(option, sorted(free - {'steps'})))}, and --steps upwards with --schedule constant. "
             f"Leave the options out, or start another run in another --out"
         )
-    return replace(stored, **{name: given[name] for name in given if name in free})
+    # An unset warm-up would grow with the steps, and the steps already made have used the one it stood for.
+    warmup = stored.warmup if wanted.steps == stored.steps else stored.warmup_steps
+    return replace(stored, **{name: given[name] for name in given if name in free}, warmup=warmup)
+
+
+def _contradicts(name: str, wanted: TrainConfig, stored: TrainConfig) -> bool:
+    """Whether a setting differs in effect; a warm-up or last learning rate left unset contradicts none."""
+    if name not in _FILLED:
+        return getattr(wanted, name) != getattr(stored, name)
+    return getattr(wanted, name) not in (None, getattr(stored, _FILLED[name]))
 
 
 def setting_names() -> list[str]:
@@ -233,9 +246,9 @@ def _check_types(config: TrainConfig) -> None:
             raise _fail(name, value, "a non-empty text")
 
 
-def _check_betas(betas: tuple[Any, ...]) -> None:
-    numbers = [b for b in betas if isinstance(b, (int, float)) and 0.0 <= b < 1.0]
-    if len(betas) != 2 or len(numbers) != 2:
+def _check_betas(betas: Any) -> None:
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not pair or not all(isinstance(beta, (int, float)) and 0.0 <= beta < 1.0 for beta in betas):
         raise _fail("betas", betas, "two numbers in [0, 1)")
 
 
@@ -262,11 +275,16 @@ _LEAST |= {"checkpoint_every": 0, "keep_checkpoints": 1, "threads": 1}
 _LEAST |= {"lr": 0.0, "min_lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "clip": 0.0}
 
 
+_SEEDS = 2**63
+
+
 def _check_ranges(config: TrainConfig) -> None:
     for name, least in _LEAST.items():
         value = getattr(config, name)
         if value is not None and value < least:
             raise _fail(name, value, f">= {least}")
+    if config.seed >= _SEEDS:
+        raise _fail("seed", config.seed, f"less than 2^63 = {_SEEDS}")
 
 
 def _check_together(config: TrainConfig) -> None:
@@ -279,5 +297,7 @@ def _check_together(config: TrainConfig) -> None:
     if config.arithmetic == "working" and not collage.strategies()[config.strategy].has_working_arithmetic:
         able = [name for name, strategy in collage.strategies().items() if strategy.has_working_arithmetic]
         raise _fail("strategy", config.strategy, f"one of {', '.join(able)} with arithmetic working")
+    if config.arithmetic == "working" and config.backend not in (None, "eager"):
+        raise _fail("backend", config.backend, "eager with arithmetic working", "leave it unset")
     if config.tokenizer == "bytes" and config.vocab_size not in (None, BYTE_VOCABULARY):
         raise _fail("vocab_size", config.vocab_size, f"{BYTE_VOCABULARY} with the byte tokenizer", "use tokenizer bpe")

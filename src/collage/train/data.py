@@ -30,6 +30,7 @@ BPE_VOCABULARY = 4_096
 END_OF_DOCUMENT = "<|endofdocument|>"
 VALIDATION_SHARE = 0.05
 _SPLIT_SEED = 20240507
+_HASHED_AT_ONCE = 2**20
 
 # Left out of the standard library: installed packages, tests, and files written by programs (tables, help topics).
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
@@ -307,10 +308,22 @@ class Windows:
 
     def batch(self, step: int, batch_size: int, seed: int) -> np.ndarray:
         """The batch of optimizer step `step`, counted from 1; epochs follow one another without a gap."""
-        places = np.arange((step - 1) * batch_size, step * batch_size)
-        epochs = places // self.count
-        orders = {epoch: order(self.count, seed, int(epoch)) for epoch in np.unique(epochs)}
-        return self.take(np.array([orders[e][p % self.count] for e, p in zip(epochs, places, strict=True)]))
+        return self.take(np.concatenate(list(self._visits((step - 1) * batch_size, step * batch_size, seed))))
+
+    def _visits(self, first: int, end: int, seed: int) -> Iterator[np.ndarray]:
+        """The numbers of the windows visited from place `first` to before `end`, an array for each epoch."""
+        for epoch in range(first // self.count, -(-end // self.count)):
+            start = epoch * self.count
+            yield order(self.count, seed, epoch)[max(first - start, 0) : end - start]
+
+    def sha256(self, steps: int, batch_size: int, seed: int) -> str:
+        """A hash of all the batches of a run: of the tokens, the windows' length, and which windows each step sees."""
+        digest = hashlib.sha256(json.dumps([self._seq_len, batch_size, steps]).encode())
+        for start in range(0, len(self._tokens), _HASHED_AT_ONCE):
+            digest.update(self._tokens[start : start + _HASHED_AT_ONCE].astype("<u4").tobytes())
+        for numbers in self._visits(0, steps * batch_size, seed):
+            digest.update(numbers.astype("<u8").tobytes())
+        return digest.hexdigest()
 
     def spread(self, most: int) -> np.ndarray:
         """At most `most` windows, evenly spread over the split: always the same ones."""

@@ -45,10 +45,10 @@ class Display:
         figures = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s"
         if self._edq_ratio is not None:
             figures += f"  EDQ ratio {self._edq_ratio:.3f}"
-        if record.get("validation_loss") is not None:
-            figures += f"  validation {record['validation_loss']:.4f}"
-        step = record["step"]
+        step, validation = record["step"], record.get("validation_loss")
         if not self._bar.disable:
             self._bar.update(self._task, completed=step, figures=figures)
-        elif step == self._steps or step % max(1, self._steps // PLAIN_LINES) == 0 or "validation_loss" in record:
+        elif step == self._steps or step % max(1, self._steps // PLAIN_LINES) == 0:
             self.say(f"step {step}/{self._steps}  {figures}")
+        if validation is not None:
+            self.say(f"step {step}/{self._steps}  validation loss {validation:.4f}")

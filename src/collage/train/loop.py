@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -79,7 +80,12 @@ class _Run:
             seq_len=config.seq_len,
             seed=config.seed,
             attention=attention_for(self.device.type, config.seq_len),
-        ).to(self.device)  # pyright: ignore[reportArgumentType] - wrapped by transformers
+        )
+        hashes = {
+            "init_sha256": runfiles.weights_sha256(self.weights),
+            "batches_sha256": self.training.sha256(config.steps, config.batch_size, config.seed),
+        }
+        self.weights.to(self.device)  # pyright: ignore[reportArgumentType] - wrapped by transformers
         if config.model_dtype != torch.float32:
             collage.to_low_precision(self.weights, config.model_dtype)
         self.optimizer = collage.AdamW(
@@ -102,11 +108,10 @@ class _Run:
 
         # ---- files
         self.step, self.earlier_s = 0, 0.0
-        command = runfiles.read_run(out)["command"] if resume else command
-        found = checkpoints.latest(out / "checkpoints") if resume else None
-        if found is not None:
-            self._resume_from(found, text)
-        self.record = runfiles.describe(config, self.weights, text.info.to_json(), self.device, command)
+        self.record = runfiles.describe(config, self.weights, self.device) | hashes
+        self.record |= {"command": command, "corpus": text.info.to_json()}
+        if resume:
+            self._resume()
         self.metrics = self._metrics(text)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
@@ -197,7 +202,7 @@ class _Run:
 
     def _micro_batches(self, sequences: np.ndarray) -> list[Tensor]:
         share = torch.from_numpy(sequences[self.rank :: self.processes]).to(self.device)
-        return list(share.split(self.micro_batch))
+        return list(share.split(self.micro_batch)) if len(share) else []
 
     def _clip_gradients(self) -> float:
         """Scale gradients down to the norm `clip`; returns their norm before, computed in fp32."""
@@ -219,7 +224,8 @@ class _Run:
             found = checkpoints.latest(self.out / "checkpoints")
             raise RunFailed(
                 f"the {name} of step {step} is {value}; the step was not taken and the last checkpoint is "
-                f"{found.name if found else 'none'}. Remedy: a lower --lr, a longer --warmup or a smaller --clip"
+                f"{found.name if found else 'none'}. Remedy: a lower --lr, a longer --warmup, a smaller --clip; with "
+                f"float16 moments --eps 1e-4"
             )
 
     @torch.no_grad()
@@ -254,16 +260,31 @@ class _Run:
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
-    def _resume_from(self, checkpoint: Path, text: Corpus) -> None:
-        stored = runfiles.read_run(self.out)["corpus"]["sha256"]
-        if stored != text.info.sha256:
-            raise UserError(
-                f"the text must be that of the run, sha256 {stored[:12]}, got {text.info.sha256[:12]}; "
-                f"resume with the same data (the standard library's sources change with Python's version)"
-            )
-        progress = checkpoints.load(checkpoint, self.config, self.weights, self.optimizer)
-        self.step, self.earlier_s = progress.step, progress.wall_time_s
-        self.scaler.load_state_dict(progress.scaler)
+    def _resume(self) -> None:
+        run = runfiles.read_run(self.out)
+        self.record["command"] = run["command"]
+        self._check_same_start(run)
+        checkpoint = checkpoints.latest(self.out / "checkpoints")
+        if checkpoint is not None:
+            progress = checkpoints.load(checkpoint, self.config, self.weights, self.optimizer)
+            self.step, self.earlier_s = progress.step, progress.wall_time_s
+            self.scaler.load_state_dict(progress.scaler)
+
+    def _check_same_start(self, run: dict[str, Any]) -> None:
+        """Raise `UserError` unless the run in `out` began with this text, these batches and these weights."""
+        steps, batch_size, seed = run["config"]["steps"], self.config.batch_size, self.config.seed
+        facts = {
+            "text": (run["corpus"]["sha256"], self.record["corpus"]["sha256"]),
+            "batches": (run["batches_sha256"], self.training.sha256(steps, batch_size, seed)),
+            "initial weights": (run["init_sha256"], self.record["init_sha256"]),
+        }
+        for name, (theirs, ours) in facts.items():
+            if theirs != ours:
+                raise UserError(
+                    f"a resumed run must have the {name} it was started with, sha256 {theirs[:12]}, got {ours[:12]}; "
+                    f"resume with the same data and the same versions (the standard library's sources change with "
+                    f"Python's; the run had {run['versions']})"
+                )
 
     def _metrics(self, text: Corpus) -> runfiles.Metrics:
         if not self.accelerator.is_main_process:
@@ -278,7 +299,13 @@ class _Run:
             self.metrics.sync()
             progress = checkpoints.Progress(self.step, self._wall_time(), self.scaler.state_dict())
             folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
-            checkpoints.save(folder, progress, self.config, self.weights, self.optimizer, keep)
+            try:
+                checkpoints.save(folder, progress, self.config, self.weights, self.optimizer, keep)
+            except (OSError, SafetensorError) as error:
+                raise RunFailed(
+                    f"the checkpoint of step {self.step} can't be written to {folder}: {error}; those before it are "
+                    f"whole. Make room, then go on with: collage train --out {self.out} --resume"
+                ) from error
         self.accelerator.wait_for_everyone()
 
     def _wall_time(self) -> float:
@@ -331,7 +358,9 @@ def _micro_batch(config: TrainConfig, processes: int) -> int:
 
 def _keep_gradients_in_float32(parameters: list[Tensor]) -> None:
     if not hasattr(torch.Tensor, "grad_dtype"):
-        raise UserError(f"grad_dtype float32 needs torch 2.10 or newer, got {torch.__version__}; use grad_dtype model")
+        raise UserError(
+            f"grad_dtype float32 needs a torch with Tensor.grad_dtype, got {torch.__version__}; use grad_dtype model"
+        )
     for p in parameters:
         p.grad_dtype = torch.float32
 

@@ -28,11 +28,12 @@ class ModelSpec:
 
 
 MODELS = {
+    "gpt-tiny": ModelSpec(hidden=32, layers=2, heads=2),
     "gpt-1m": ModelSpec(hidden=128, layers=4, heads=4),
     "gpt-10m": ModelSpec(hidden=320, layers=8, heads=5),
     "gpt-125m": ModelSpec(hidden=768, layers=12, heads=12, init_std=0.021),
 }
-"""The models by name; gpt-125m is the smallest of the paper's GPTs."""
+"""The models by name; gpt-tiny is for trying things out, gpt-125m is the smallest of the paper's GPTs."""
 
 
 def attention_for(device_type: str, seq_len: int) -> str:
@@ -74,7 +75,8 @@ def build_model(name: str, *, vocab_size: int, seq_len: int, seed: int, attentio
 def _fresh_weights(seed: int) -> Iterator[None]:
     default = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would reseed every accelerator too.
+        torch.default_generator.manual_seed(seed)
         torch.set_default_dtype(torch.float32)
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -77,7 +78,11 @@ def read_run(out: Path) -> dict[str, Any]:
 
 
 def check_unused(out: Path) -> None:
-    """Raise `UserError` if `out` already holds a run."""
+    """Make the folder `out`; raise `UserError` if it can't be made or already holds a run."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out must be a folder that can be written to, got {out}: {error.strerror}") from error
     if (out / "run.json").exists():
         run = read_run(out)
         remedy = "" if run["status"] == "finished" else "pass --resume to go on with it, or "
@@ -96,10 +101,8 @@ def resume_config(out: Path, given: dict[str, Any]) -> TrainConfig:
     return resumed(TrainConfig.from_json(read_run(out)["config"]), given)
 
 
-def describe(
-    config: TrainConfig, model: torch.nn.Module, corpus: dict[str, Any], device: torch.device, command: str
-) -> dict[str, Any]:
-    """What run.json says about a run from its start on."""
+def describe(config: TrainConfig, model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
+    """What run.json says about a run from its start on, but for the command, the corpus and the hashes."""
     strategy = collage.strategies()[config.strategy]
     return {
         "format": FORMAT,
@@ -109,7 +112,6 @@ def describe(
         "arithmetic": config.arithmetic,
         "seed": config.seed,
         "config": config.to_json(),
-        "command": command,
         "model": {
             "name": config.model,
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -122,7 +124,6 @@ def describe(
         "commit": commit(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "corpus": corpus,
         "wall_time_s": None,
         "peak_memory_bytes": None,
         "final": None,
@@ -172,6 +173,15 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """A hash of a model's parameters, their names and dtypes, bit for bit."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -1,0 +1,52 @@
+"""Data for optimizers, and the comparison of their parameters and states bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import collage
+
+STRATEGIES = list(collage.strategies())
+LOW = [name for name in STRATEGIES if name != "fp32"]
+WORKING = [name for name, strategy in collage.strategies().items() if strategy.has_working_arithmetic]
+
+
+def dtype_of(strategy: str) -> torch.dtype:
+    """What a model's parameters are for a strategy."""
+    return torch.float32 if strategy == "fp32" else torch.bfloat16
+
+
+def values(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat16, spread: float = 0.05) -> Tensor:
+    """Normal values that depend on nothing but the arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits in logical order, every nan as one."""
+    x = x.detach().contiguous()
+    if x.is_floating_point():
+        x = torch.where(x.isnan(), torch.full_like(x, torch.nan), x)
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def snapshot(opt: Optimizer) -> list[tuple[str, torch.dtype, Tensor]]:
+    """Every parameter and state tensor of an optimizer: name, dtype, bits."""
+    found = []
+    for i, param in enumerate(param for group in opt.param_groups for param in group["params"]):
+        found.append((f"{i}", param.dtype, bits(param).clone()))
+        for name, value in sorted(opt.state.get(param, {}).items()):
+            found.append((f"{i}.{name}", value.dtype, bits(value).clone()))
+    return found
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Two optimizers (or snapshots) with the same bits everywhere."""
+    first, second = (snapshot(x) if isinstance(x, Optimizer) else x for x in (one, other))
+    assert [entry[:2] for entry in first] == [entry[:2] for entry in second]
+    wrong = [a[0] for a, b in zip(first, second, strict=True) if not torch.equal(a[2], b[2])]
+    assert not wrong, f"bits differ in {wrong}"

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from collage.train.config import TrainConfig, UserError
+from collage.train.data import (
+    END_OF_DOCUMENT,
+    Windows,
+    load_corpus,
+    mix,
+    order,
+    prepare_corpus,
+    read_documents,
+    validation_documents,
+)
+
+WINDOWS = Windows(np.arange(1001, dtype=np.uint16), seq_len=10, split="train")
+
+
+# ---- documents ----
+
+
+def test_the_standard_library_is_read_in_a_fixed_order_without_tests_and_tables() -> None:
+    name, documents = read_documents(None, 400_000)
+    assert name == "standard library"
+    assert documents == read_documents(None, 400_000)[1]
+    assert 300_000 < sum(len(text.encode()) for text in documents) <= 400_000
+    assert len(documents) > 10
+    assert all("import unittest\n\nclass" not in text[:300] for text in documents)
+
+
+def test_a_folders_documents_are_its_files_by_name(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden", "blank.txt"):
+        (tmp_path / name).write_text("\n" if name == "blank.txt" else f"text of {name}", encoding="utf-8")
+    assert read_documents(str(tmp_path), None)[1] == ["text of a.txt", "text of b.txt", "text of sub/c.txt"]
+
+
+def test_a_files_documents_end_at_blank_lines_and_lose_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "play.txt"
+    file.write_text("".join(f"line {i} {'x' * 90}\n" + "\n" * (i % 7 == 6) for i in range(300)), encoding="utf-8")
+    documents = read_documents(str(file), None)[1]
+    assert "".join(documents) == file.read_text(encoding="utf-8")
+    assert all(text.endswith("\n\n") and 2000 <= len(text) < 3000 for text in documents[:-1])
+
+
+def test_a_file_without_blank_lines_is_cut_at_lines(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    file.write_text("a line of text\n" * 2000, encoding="utf-8")
+    documents = read_documents(str(file), None)[1]
+    assert len(documents) == 4
+    assert all(text.endswith("\n") for text in documents)
+
+
+def test_the_limit_takes_whole_documents(text: Path) -> None:
+    everything = read_documents(str(text), None)[1]
+    size = sum(len(each.encode()) for each in everything[:3])
+    assert read_documents(str(text), size)[1] == everything[:3]
+    assert read_documents(str(text), size - 1)[1] == everything[:2]
+
+
+def test_text_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
+    (tmp_path / "zero.txt").write_bytes(b"a\0b")
+    (tmp_path / "one.txt").write_text("one document", encoding="utf-8")
+    (tmp_path / "nothing.txt").write_text("", encoding="utf-8")
+    for name, message in [
+        ("missing", "doesn't exist"),
+        ("empty", "empty folder"),
+        ("latin.txt", "UTF-8 text, got byte 0xfc at 2"),
+        ("zero.txt", "zero byte"),
+        ("one.txt", "at least 2 documents .* got 1"),
+        ("nothing.txt", "at least 2 documents .* got 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_documents(str(tmp_path / name), None)
+
+
+# ---- the split ----
+
+
+def test_mix_is_splitmix64() -> None:
+    # The first outputs of the published generator from state 0, whose increment is mix's own constant.
+    states = np.array([0, 0x9E3779B97F4A7C15], dtype=np.uint64)
+    assert [hex(value) for value in mix(states)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
+
+
+def test_a_documents_split_depends_on_its_number_alone() -> None:
+    many, few = validation_documents(2000), validation_documents(500)
+    assert 60 <= many.sum() <= 140
+    assert np.array_equal(many[:500], few)
+
+
+@pytest.mark.parametrize("count", range(2, 40))
+def test_both_splits_have_a_document(count: int) -> None:
+    assert 1 <= validation_documents(count).sum() < count
+
+
+# ---- tokens ----
+
+
+def test_bytes_are_tokens_and_documents_end_with_256(tiny: TrainConfig, text: Path) -> None:
+    corpus = prepare_corpus(tiny)
+    documents = {split: bytes_of(tokens) for split, tokens in (("t", corpus.train), ("v", corpus.validation))}
+    files = [path.read_bytes() for path in sorted(text.iterdir())]
+    assert Counter(documents["t"] + documents["v"]) == Counter(files)
+    assert set(documents["t"]).isdisjoint(documents["v"])
+    assert corpus.info.vocab_size == 257
+    assert corpus.info.train_tokens == corpus.train.size
+
+
+def bytes_of(tokens: np.ndarray) -> list[bytes]:
+    assert tokens[-1] == 256
+    ends = np.flatnonzero(tokens == 256)
+    starts = [0, *(ends[:-1] + 1)]
+    return [tokens[a:b].astype(np.uint8).tobytes() for a, b in zip(starts, ends, strict=True)]
+
+
+def test_bpe_decodes_to_the_text_and_learns_from_the_train_split_alone(tiny: TrainConfig, text: Path) -> None:
+    from tokenizers import Tokenizer
+
+    held_out = np.flatnonzero(validation_documents(30))
+    config = replace(tiny, tokenizer="bpe", vocab_size=270)
+    before = prepare_corpus(config)
+    for number in held_out:
+        (text / f"{number:02d}.txt").write_text("zyzzyva " * 200, encoding="utf-8")
+    after = prepare_corpus(config)
+    assert before.tokenizer_json == after.tokenizer_json
+    assert before.tokenizer_json is not None
+    assert before.info.vocab_size == 270
+    bpe = Tokenizer.from_str(before.tokenizer_json)
+    decoded = bpe.decode(before.train.tolist(), skip_special_tokens=False).split(END_OF_DOCUMENT)
+    expected = [(text / f"{n:02d}.txt").read_text(encoding="utf-8") for n in range(30) if n not in held_out]
+    assert decoded[:-1] == expected
+
+
+def test_the_sha256_follows_the_text_and_not_the_tokenizer(tiny: TrainConfig, text: Path) -> None:
+    first = prepare_corpus(tiny).info
+    assert prepare_corpus(replace(tiny, tokenizer="bpe")).info.sha256 == first.sha256
+    (text / "00.txt").write_text("changed", encoding="utf-8")
+    assert prepare_corpus(tiny).info.sha256 != first.sha256
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_saved_corpus_is_loaded_as_it_was_and_mapped(tiny: TrainConfig, tmp_path: Path, tokenizer: str) -> None:
+    corpus = prepare_corpus(replace(tiny, tokenizer=tokenizer))
+    corpus.save(tmp_path / "corpus")
+    loaded = load_corpus(tmp_path / "corpus")
+    assert loaded.info == corpus.info
+    assert loaded.tokenizer_json == corpus.tokenizer_json
+    assert isinstance(loaded.train, np.memmap)
+    assert np.array_equal(loaded.train, corpus.train)
+    assert np.array_equal(loaded.validation, corpus.validation)
+
+
+def test_a_folder_that_holds_no_corpus_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "corpus.json").write_text(json.dumps({"name": "x"}), encoding="utf-8")
+    with pytest.raises(UserError, match="prepared corpus"):
+        load_corpus(tmp_path)
+
+
+# ---- windows and batches ----
+
+
+def test_windows_share_one_token_so_that_each_is_predicted_once() -> None:
+    windows = WINDOWS.take(np.arange(WINDOWS.count))
+    assert windows.shape == (100, 11)
+    assert windows.dtype == np.int64
+    assert np.array_equal(windows[:, 1:].ravel(), np.arange(1, 1001))
+    assert np.array_equal(windows[:, :-1].ravel(), np.arange(1000))
+
+
+def test_an_epoch_visits_every_window_once_and_the_next_in_another_order() -> None:
+    batches = [WINDOWS.batch(step, 10, seed=3) for step in range(1, 21)]
+    first, second = (np.concatenate(part)[:, 0] // 10 for part in (batches[:10], batches[10:]))
+    assert np.array_equal(np.sort(first), np.arange(100))
+    assert np.array_equal(np.sort(second), np.arange(100))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, np.arange(100))
+
+
+def test_a_batch_over_the_end_of_an_epoch_goes_on_with_the_next() -> None:
+    whole = np.concatenate([order(100, 5, 0), order(100, 5, 1)])
+    batch = WINDOWS.batch(4, 30, seed=5)
+    assert np.array_equal(batch[:, 0] // 10, whole[90:120])
+
+
+def test_batches_follow_from_seed_and_step_alone() -> None:
+    later = WINDOWS.batch(7, 8, seed=0)
+    np.random.seed(1)
+    WINDOWS.batch(3, 8, seed=0)
+    assert np.array_equal(WINDOWS.batch(7, 8, seed=0), later)
+    assert not np.array_equal(WINDOWS.batch(7, 8, seed=1), later)
+
+
+def test_a_batch_larger_than_the_text_repeats_it() -> None:
+    windows = Windows(np.arange(21, dtype=np.uint16), seq_len=10, split="train")
+    assert Counter(windows.batch(1, 6, seed=0)[:, 0].tolist()) == {0: 3, 10: 3}
+
+
+def test_the_validation_set_is_spread_over_the_split() -> None:
+    assert np.array_equal(WINDOWS.spread(4)[:, 0], [0, 250, 500, 750])
+    assert len(WINDOWS.spread(1000)) == 100
+
+
+def test_a_split_shorter_than_a_window_is_refused() -> None:
+    with pytest.raises(UserError, match=r"validation split must have at least seq_len \+ 1 = 11 tokens, got 10"):
+        Windows(np.arange(10, dtype=np.uint16), seq_len=10, split="validation")
