@@ -19,20 +19,8 @@ from collage import cli
 from collage.train import runfiles
 from collage.train.config import TrainConfig, option, setting_names
 
-SMALL = [
-    "--seq-len",
-    "8",
-    "--batch-size",
-    "2",
-    "--eval-batches",
-    "2",
-    "--checkpoint-every",
-    "5",
-    "--threads",
-    "1",
-    "--device",
-    "cpu",
-]
+SMALL: list[object] = ["--model", "gpt-tiny", "--seq-len", 8, "--batch-size", 2, "--eval-batches", 2]
+SMALL += ["--checkpoint-every", 5, "--threads", 1, "--device", "cpu"]
 
 
 @pytest.fixture
@@ -80,14 +68,15 @@ def test_options_make_the_settings_and_the_result_is_written(text: Path, tmp_pat
     run = runfiles.read_run(tmp_path / "run")
     assert run == json.loads(copy.read_text())
     expected: dict[str, Any] = {"strategy": "light", "betas": (0.8, 0.99), "steps": 4, "data": str(text), "seed": 3}
-    expected |= {"seq_len": 8, "batch_size": 2, "eval_batches": 2, "checkpoint_every": 5}
+    expected |= {"model": "gpt-tiny", "seq_len": 8, "batch_size": 2, "eval_batches": 2, "checkpoint_every": 5}
     assert TrainConfig.from_json(run["config"]) == TrainConfig(**expected, threads=1, device="cpu")
     assert run["command"].startswith("collage ")
 
 
 def test_options_count_more_than_the_settings_file(text: Path, tmp_path: Path) -> None:
     file = tmp_path / "settings.json"
-    config = TrainConfig(seq_len=8, batch_size=2, steps=9, lr=0.5, data=str(text), device="cpu", threads=1)
+    small: dict[str, Any] = {"model": "gpt-tiny", "seq_len": 8, "batch_size": 2, "device": "cpu", "threads": 1}
+    config = TrainConfig(**small, steps=9, lr=0.5, data=str(text))
     file.write_text(json.dumps(config.to_json()))
     assert collage("train", "--config", file, "--steps", 2, "--out", tmp_path / "run") == 0
     written = TrainConfig.from_json(runfiles.read_run(tmp_path / "run")["config"])
@@ -111,7 +100,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     shown = capsys.readouterr().err
     assert shown.startswith(message)
     assert len(shown.splitlines()) == 1
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run/run.json").exists()
 
 
 def test_a_settings_file_with_an_unknown_key_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,18 +144,14 @@ def test_a_missing_extra_is_named(
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, collage.cli\n"
-        "heavy = {'transformers', 'accelerate', 'numpy', 'matplotlib', 'tokenizers', 'safetensors', 'jinja2'}\n"
-        "import torch\n"  # torch itself imports numpy where it finds it
-        "sys.exit(', '.join(sorted((heavy - {'numpy'}) & set(sys.modules))))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stderr == ""
+    heavy = ["transformers", "accelerate", "matplotlib", "tokenizers", "safetensors", "jinja2"]
+    code = f"import sys, collage.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def files(out: Path) -> dict[str, bytes]:
-    folder = out / "checkpoints/step-000030"
+    folder = out / "checkpoints/step-000150"
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
@@ -186,7 +171,7 @@ def test_a_run_stopped_at_any_moment_is_resumed_to_the_same_bytes(
     text: Path, tmp_path: Path, stop: signal.Signals, code: int, status: str, whole: Callable[[Path], Path]
 ) -> None:
     out = tmp_path / "stopped"
-    options = [*SMALL, "--steps", 30, "--data", text]
+    options = [*SMALL, "--steps", 150, "--data", text]
     process = started(*options, "--out", out)
     wait_for_step(out, 7, process)
     process.send_signal(stop)
@@ -194,7 +179,7 @@ def test_a_run_stopped_at_any_moment_is_resumed_to_the_same_bytes(
     assert process.returncode == code, shown
     assert runfiles.read_run(out)["status"] == status
     if code == 130:
-        assert re.search(r"stopped after step \d+ of 30; the checkpoint is saved. Go on with: collage train", shown)
+        assert re.search(r"stopped after step \d+ of 150; the checkpoint is saved. Go on with: collage train", shown)
 
     assert collage("train", *options, "--out", out, "--resume") == 0
     expected = whole(text)
@@ -208,7 +193,7 @@ def whole(tmp_path: Path) -> Callable[[Path], Path]:
 
     def train(text: Path) -> Path:
         out = tmp_path / "whole"
-        assert collage("train", *SMALL, "--steps", 30, "--data", text, "--out", out) == 0
+        assert collage("train", *SMALL, "--steps", 150, "--data", text, "--out", out) == 0
         return out
 
     return train

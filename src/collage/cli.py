@@ -163,32 +163,29 @@ def compare(
     from collage.train.compare_display import CompareDisplay
 
     plan, jobs = share_machine(make_plan(settings, strategies, seeds, out, resume=resume), jobs)
+    count, left = len(plan.runs()), plan.left()
+    display = CompareDisplay(left, Console())
     started = time.monotonic()
     known = prepare(plan, _command())
-    display = CompareDisplay(plan.runs(), Console())
-    outcomes = run_all(plan.runs(), plan.corpus, jobs, display)
-    known |= {"jobs": jobs, "wall_time_s": known["wall_time_s"] + time.monotonic() - started}
+    if left:
+        before = f" ({count - len(left)} finished before)" if len(left) < count else ""
+        display.say(f"{count} runs{before}, {min(jobs, len(left))} at the same time, in {out}")
+    outcomes = run_all(left, plan.corpus, jobs, display) if left else []
+    known |= {"jobs": jobs, "wall_time_s": known["wall_time_s"] + (time.monotonic() - started if left else 0.0)}
 
-    known["failed"] = [outcome.to_json() for outcome in outcomes if outcome.status == "failed"]
-    done = sum(outcome.status == "finished" for outcome in outcomes)
+    failed = known["failed"] = [outcome.to_json() for outcome in outcomes if outcome.status == "failed"]
     stopped = any(outcome.status in ("interrupted", "not started") for outcome in outcomes)
-    if stopped or not done:
+    if stopped or len(plan.left()) == count:
         note_end(plan, "interrupted" if stopped else "incomplete", known)
     else:
         _show_report(report_on_compare(out, **known), json_file)
+    remedy = f"go on with: {shlex.join(['collage', 'compare', '--out', str(out), '--resume'])}"
     if stopped:
-        display.say(f"stopped; {done} of {len(outcomes)} runs have finished. Go on with: {_resume_command(out)}")
+        display.say(f"stopped; {count - len(plan.left())} of {count} runs have finished; {remedy}")
         raise typer.Exit(130)
-    if known["failed"]:
-        names = ", ".join(each["name"] for each in known["failed"])
-        raise RunFailed(
-            f"{len(known['failed'])} of {len(outcomes)} runs failed: {names}. Once the cause is mended, go "
-            f"on with: {_resume_command(out)}"
-        )
-
-
-def _resume_command(out: Path) -> str:
-    return shlex.join(["collage", "compare", "--out", str(out), "--resume"])
+    if failed:
+        names = ", ".join(each["name"] for each in failed)
+        raise RunFailed(f"{len(failed)} of {count} runs failed: {names}; once the cause is mended, {remedy}")
 
 
 @app.command()

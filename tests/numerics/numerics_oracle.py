@@ -84,7 +84,8 @@ def nearest(q: Fraction, fmt: Format) -> float:
     value = whole * spacing
     if abs(value) <= Fraction(fmt.max):
         return float(value)
-    return math.copysign(fmt.max if fmt.saturates else math.inf, value)
+    top = fmt.max if fmt.saturates else math.inf
+    return -top if q < 0 else top
 
 
 def nearest64(x: Tensor, fmt: Format) -> Tensor:

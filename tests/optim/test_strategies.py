@@ -150,17 +150,17 @@ def test_a_summary_is_words_and_no_part_of_what_a_strategy_is() -> None:
 
 @pytest.mark.parametrize("name", ["none", "Plus", "", "bf16"])
 def test_an_unknown_name_is_an_error_that_lists_the_names(name: str) -> None:
-    with pytest.raises(ValueError, match="there are plain, stochastic, kahan, light, plus, .*mixed, fp32"):
+    with pytest.raises(ValueError, match=r"there are plain, stochastic, kahan, light, plus, .*mixed, fp32"):
         collage.AdamW([nn.Parameter(values((2,), 0))], strategy=name)
 
 
 def test_something_that_is_no_strategy_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="a name or a collage.Strategy, got int"):
+    with pytest.raises(TypeError, match=r"a name or a collage.Strategy, got int"):
         collage.AdamW([nn.Parameter(values((2,), 0))], strategy=3)  # type: ignore[arg-type]
 
 
 def test_the_strategy_fp32_refuses_low_precision_parameters() -> None:
-    with pytest.raises(ValueError, match="keeps parameters in torch.float32, got a parameter of torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"keeps parameters in torch.float32, got a parameter of torch.bfloat16"):
         collage.AdamW([nn.Parameter(values((2,), 0))], strategy="fp32")
 
 

@@ -434,5 +434,5 @@ def test_full_param_refuses_strangers_and_other_dtypes() -> None:
     opt = collage.AdamW(small_params())
     with pytest.raises(ValueError, match="in none of its groups"):
         opt.full_param(nn.Parameter(values((2,), 0)))
-    with pytest.raises(ValueError, match="torch.float32 or torch.float64, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"torch.float32 or torch.float64, got torch.bfloat16"):
         opt.full_param(opt.param_groups[0]["params"][0], torch.bfloat16)

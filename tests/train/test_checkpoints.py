@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,33 @@ def test_a_save_that_fails_harms_nothing_and_leaves_no_litter(
     assert {file.name: file.read_bytes() for file in first.iterdir()} == before
 
 
+def test_the_files_of_a_checkpoint_are_on_the_disk_before_it_has_its_name(
+    tiny: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, synced = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, (folder / "step-000002").exists()))
+        real(descriptor)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    path = checkpoints.save(folder, Progress(2, 0.0, {}), tiny, *parts(tiny), keep=2)
+    before = {inode for inode, named in synced if not named}
+    assert {file.stat().st_ino for file in [path, *path.iterdir()]} <= before
+    assert (folder.stat().st_ino, True) in synced
+
+
 def test_a_folder_that_is_not_whole_is_no_checkpoint_and_is_replaced(tiny: TrainConfig, folder: Path) -> None:
     model, optimizer = parts(tiny)
     checkpoints.save(folder, Progress(2, 0.0, {}), tiny, model, optimizer, keep=2)
     broken = checkpoints.save(folder, Progress(3, 0.0, {}), tiny, model, optimizer, keep=2)
     (broken / "optimizer.json").unlink()
+    (folder / ".step-000004").mkdir()
+    (folder / ".step-000004" / "model.safetensors").write_bytes(b"left by a run that was killed")
     assert checkpoints.latest(folder) == folder / "step-000002"
     checkpoints.save(folder, Progress(3, 0.0, {}), tiny, model, optimizer, keep=2)
     assert checkpoints.latest(folder) == broken
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000002", "step-000003"]
 
 
 @pytest.mark.parametrize("name", checkpoints.FILES)
@@ -114,7 +134,7 @@ def test_a_damaged_file_is_named_with_a_remedy(tiny: TrainConfig, folder: Path, 
 def test_a_checkpoint_of_other_settings_is_refused_with_their_names(tiny: TrainConfig, folder: Path) -> None:
     path = checkpoints.save(folder, Progress(2, 0.0, {}), tiny, *parts(tiny), keep=2)
     wanted = replace(tiny, strategy="mixed", lr=0.5, log_every=7)
-    with pytest.raises(CheckpointError, match=r"other settings: strategy 'plus' instead of 'mixed'; lr 0.001 instead"):
+    with pytest.raises(CheckpointError, match=r"other settings: .*--strategy mixed \(the run has plus\); --lr 0.5"):
         checkpoints.load(path, wanted, *parts(wanted))
 
 

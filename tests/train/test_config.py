@@ -24,11 +24,13 @@ def test_an_unknown_setting_is_named_with_its_neighbour() -> None:
     ("settings", "message"),
     [
         ({"strategy": "pluss"}, "strategy must be one of plain.*got 'pluss'"),
-        ({"model": "gpt-2"}, "model must be one of gpt-1m.*got 'gpt-2'"),
+        ({"model": "gpt-2"}, "model must be one of gpt-tiny, gpt-1m.*got 'gpt-2'"),
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, got 'int8'"),
         ({"schedule": "step"}, "schedule must be one of cosine"),
         ({"backend": "abacus"}, "backend must be one of eager"),
         ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"seed": 2**63}, "seed must be less than"),
+        ({"betas": 0.9}, r"betas must be two numbers"),
         ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
         ({"steps": None}, "steps must be a whole number, got None"),
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
@@ -88,3 +90,14 @@ def test_a_resumed_run_may_grow_under_a_constant_learning_rate_only() -> None:
         resumed(TrainConfig(schedule="cosine"), {"steps": 400})
     with pytest.raises(UserError, match="--steps 200"):
         resumed(TrainConfig(schedule="constant"), {"steps": 200})
+
+
+def test_a_run_that_grows_keeps_the_warm_up_it_began_with() -> None:
+    stored = TrainConfig(schedule="constant", steps=300)
+    assert resumed(stored, {"steps": 3000}).warmup_steps == 20
+
+
+def test_what_an_unset_setting_stood_for_does_not_contradict_it() -> None:
+    assert resumed(TrainConfig(), {"warmup": 20, "min_lr": 5e-5}) == TrainConfig()
+    with pytest.raises(UserError, match="--warmup 21"):
+        resumed(TrainConfig(), {"warmup": 21})

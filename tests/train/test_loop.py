@@ -41,6 +41,12 @@ def last_tensors(out: Path) -> dict[str, bytes]:
     }
 
 
+def last_scaler(out: Path) -> dict[str, Any]:
+    path = checkpoints.latest(out / "checkpoints")
+    assert path is not None
+    return json.loads((path / "trainer.json").read_text())["scaler"]
+
+
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Let `action` happen at the start of a step."""
 
@@ -143,7 +149,7 @@ def test_every_strategy_starts_from_the_same_weights_and_sees_the_same_batches(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[bytes]] = {}
-    taken, losses = Windows.batch, {}
+    taken, losses, runs = Windows.batch, {}, []
 
     for strategy in ("plain", "plus", "mixed", "fp32"):
 
@@ -153,9 +159,10 @@ def test_every_strategy_starts_from_the_same_weights_and_sees_the_same_batches(
             return found
 
         monkeypatch.setattr(Windows, "batch", batch)
-        train(replace(tiny, strategy=strategy, steps=3), tmp_path / strategy)
+        runs.append(train(replace(tiny, strategy=strategy, steps=3), tmp_path / strategy))
         losses[strategy] = records(tmp_path / strategy)[0]["loss"]
     assert seen["plain"] == seen["plus"] == seen["mixed"] == seen["fp32"]
+    assert len({run["init_sha256"] for run in runs}) == len({run["batches_sha256"] for run in runs}) == 1
     # Not equal: hi of hi + lo is the rounding of what the two hold, which at a tie isn't that of the fp32 weight.
     assert [losses[name] for name in seen] == pytest.approx([losses["fp32"]] * 4, rel=1e-3)
 
@@ -212,16 +219,16 @@ def test_gradients_are_kept_in_the_chosen_dtype(
     assert dtypes == {expected}
 
 
-def test_the_thread_count_is_put_back(tiny: TrainConfig, tmp_path: Path) -> None:
+def test_the_thread_count_is_the_setting_and_is_put_back(tiny: TrainConfig, tmp_path: Path) -> None:
     torch.set_num_threads(2)
-    train(tiny, tmp_path / "run")
+    assert train(tiny, tmp_path / "run")["threads"] == 1
     assert torch.get_num_threads() == 2
 
 
 def test_an_unusable_device_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="device must be one that torch can use here, got 'abacus'"):
         train(replace(tiny, device="abacus"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run/run.json").exists()
 
 
 # ---- stopping and going on ----
@@ -264,6 +271,7 @@ def test_a_resumed_run_has_every_bit_of_an_uninterrupted_one(
     run = train(runfiles.resume_config(out, {}), out, resume=True)
     assert run["status"] == "finished"
     assert last_tensors(out) == last_tensors(tmp_path / "whole")
+    assert last_scaler(out) == last_scaler(tmp_path / "whole")
     assert records(out) == records(tmp_path / "whole")
     measured = {"tokens_per_s"}
     whole = runfiles.read_run(tmp_path / "whole")["final"]
@@ -321,12 +329,46 @@ def test_other_text_cannot_be_resumed_with(
         at_step(patch, 5, ctrl_c)
         train(tiny, out)
     (text / "00.txt").write_text("other words", encoding="utf-8")
-    with pytest.raises(UserError, match="must be that of the run, sha256"):
+    with pytest.raises(UserError, match="must have the text it was started with, sha256"):
         train(tiny, out, resume=True)
     assert runfiles.read_run(out)["status"] == "interrupted"
 
 
+def test_other_weights_cannot_be_resumed_with(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, ctrl_c)
+        train(tiny, out)
+    real = loop.build_model
+    monkeypatch.setattr(loop, "build_model", lambda name, **options: real(name, **{**options, "seed": 9}))
+    with pytest.raises(UserError, match="must have the initial weights it was started with"):
+        train(tiny, out, resume=True)
+
+
 # ---- failing ----
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_the_run_and_keeps_the_one_before(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny, tmp_path / "whole")
+    out, real = tmp_path / "run", checkpoints.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        if "step-000006" in str(path):
+            raise OSError("no space left on device")
+        real(tensors, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", full)
+        with pytest.raises(RunFailed, match=r"checkpoint of step 6 can't be written.*no space.*--resume"):
+            train(tiny, out)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000003"]
+    train(tiny, out, resume=True)
+    assert last_tensors(out) == last_tensors(tmp_path / "whole")
+    assert records(out) == records(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])

@@ -5,9 +5,10 @@ nothing else: not on the device, the backend, the shard, the replica, the order 
 resumed or resharded run therefore draws what it would have drawn.
 
 The host mixes (seed, ordinal, step, word, high half of the index) into two 32-bit keys with the finaliser of splitmix64
-(Steele, Lea and Flood 2014). Each element mixes the low half of its index with them in two rounds of xor-shift and
-multiplication modulo 2**32 (constants of the hash-prospector search), the second key entering between the rounds. All
-is integer arithmetic on 32 bits, so vector units and GPUs give the same bits without wide products.
+(Steele, Lea and Flood 2014). Each element mixes the low half of its index with them in three rounds of xor-shift and
+multiplication modulo 2**32 (constants of the hash-prospector search), the second key entering between the rounds. Two
+rounds are not enough: the draws of elements one row apart (3072, say) then depend on each other within a step. All is
+integer arithmetic on 32 bits, so vector units and GPUs give the same bits without wide products.
 
 Each 32-bit word serves two draws of 16 bits, the low half first: 16 bits are exactly what rounding float32 to bfloat16
 discards.
@@ -35,8 +36,9 @@ def as_int32(value: int) -> int:
     return value - 2**32 if value >= 2**31 else value
 
 
-_FIRST = as_int32(0x21F0AAAD)
-_SECOND = as_int32(0xD35A2D97)
+_FIRST = as_int32(0xED5AD4BB)
+_SECOND = as_int32(0xAC4C1B51)
+_THIRD = as_int32(0x31848BAB)
 
 
 def keys(seed: int, ordinal: int, step: int, word: int, high: int = 0) -> tuple[int, int]:
@@ -74,12 +76,14 @@ def words(index: Tensor, key: tuple[int, int], out: Tensor | None = None, scratc
     """
     x = torch.bitwise_xor(index, as_int32(key[0]), out=out)
     t = torch.empty_like(x) if scratch is None else scratch
-    _xorshift(x, 16, t)
+    _xorshift(x, 17, t)
     x.mul_(_FIRST)
-    _xorshift(x, 15, t)
+    _xorshift(x, 11, t)
     x.add_(as_int32(key[1]))
     x.mul_(_SECOND)
-    return _xorshift(x, 15, t)
+    _xorshift(x, 15, t)
+    x.mul_(_THIRD)
+    return _xorshift(x, 14, t)
 
 
 def _xorshift(x: Tensor, shift: int, scratch: Tensor) -> Tensor:

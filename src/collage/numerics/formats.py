@@ -85,8 +85,8 @@ class Format:
             0, nan for nan and infinities. Exact.
         """
         x = x.to(torch.float64)
-        # frexp gives a fraction in [.5, 1): its exponent is one above floor(log2 |x|).
-        exponent = torch.frexp(x).exponent.clamp(min=self.emin + 1) - self.precision
+        # frexp gives a fraction in [.5, 1), one exponent above floor(log2 |x|), and exponent 0 for 0.
+        exponent = torch.where(x == 0, self.emin, torch.frexp(x).exponent).clamp(min=self.emin + 1) - self.precision
         # A power of two from its exponent field: torch.ldexp goes through pow in the default dtype.
         spacing = ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
         return torch.where(torch.isfinite(x), spacing, torch.full_like(x, torch.nan))

@@ -12,7 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from rich import box
+from rich.align import VerticalAlignMethod
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -165,20 +167,23 @@ def markdown(entries: Mapping[str, Any]) -> str:
 
 
 def table(summary: Mapping[str, Any], console: Console) -> Table:
-    """The figures of all strategies, a line for each; on a narrow console a column for each."""
+    """The figures of all strategies: a line for each, or where the console is too narrow for that, a column."""
     lines = [[column.heading for column in COLUMNS], *map(cells, summary["strategies"])]
     upright = _table(lines)
-    if console.measure(upright).minimum <= console.width:
+    if Measurement.get(console, console.options.update(width=1000), upright).minimum <= console.width:
         return upright
-    return _table([[text.replace(" ± ", "\n± ") for text in line] for line in zip(*lines, strict=True)])
+    turned = [[text.replace(" ± ", "\n± ") for text in line] for line in zip(*lines, strict=True)]
+    return _table(turned, vertical="top")
 
 
-def _table(lines: Sequence[Sequence[str]]) -> Table:
+def _table(lines: Sequence[Sequence[str]], vertical: VerticalAlignMethod = "bottom") -> Table:
+    """A table whose headings are wrapped where they are wider than the cells below."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for index, heading in enumerate(lines[0]):
-        made.add_column(heading, justify="right" if index else "left", vertical="bottom")
+    for index, column in enumerate(zip(*lines, strict=True)):
+        widest = max(len(part) for text in column[1:] for part in text.splitlines())
+        made.add_column(column[0], justify="right" if index else "left", vertical=vertical, min_width=widest)
     for line in lines[1:]:
-        made.add_row(*(Text(text, no_wrap=True) for text in line))
+        made.add_row(*map(Text, line))
     return made
 
 

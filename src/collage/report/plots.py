@@ -18,7 +18,7 @@ from collage.report.groups import BASELINE, Group, baseline_of
 from collage.report.memory import PARTS, UNSPLIT, group_split
 from collage.report.stats import Curve, difference_curve, group_curve, mean, paired_difference, spread
 from collage.report.style import DPI, WIDTH, Line, Theme, lines
-from collage.report.wording import plain, with_spread
+from collage.report.wording import plain, signed, with_spread
 
 MARKS = 8
 """Marks along a curve; those of different groups stand at different places, so that none hides another."""
@@ -155,7 +155,7 @@ def _validation_points(looks: Looks) -> tuple[list[_Points], bool]:
         baseline = baseline_of(group, groups)
         difference = paired_difference(group, baseline) if baseline else None
         if difference:
-            text = with_spread(difference.mean, difference.spread, "+.4f")
+            text = signed(difference.mean, difference.spread)
             points.append(_Points(group.label, look, difference.values, text))
     if points:
         return points, True

@@ -24,6 +24,11 @@ def with_spread(value: float | None, spread: float | None, form: str = ".4f") ->
     return plain(value, form) if value is None or spread is None else f"{value:{form}} ± {spread:.4f}"
 
 
+def signed(value: float, spread: float | None) -> str:
+    """A difference with its sign, and its spread where there is one; 0 where it rounds to nothing."""
+    return with_spread(value, spread, "+.4f" if abs(value) >= 0.00005 else ".0f")
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage: two significant digits below one, `0` for none at all."""
     if share is None:
@@ -45,7 +50,7 @@ def _difference(row: Row) -> str:
     if row["strategy"] == BASELINE:
         return "0"
     difference = row.get(f"difference_from_{BASELINE}")
-    return with_spread(difference["mean"], difference["spread"], "+.4f") if difference else MISSING
+    return signed(difference["mean"], difference["spread"]) if difference else MISSING
 
 
 @dataclass(frozen=True)
@@ -180,15 +185,15 @@ def _loss(row: Row) -> str:
         return f"validation loss {row['validation_loss']:.4f} (no {BASELINE} run to set it against)"
     mean, spread = difference["mean"], difference["spread"]
     if spread is None:
-        return f"validation loss {_signed(mean)} {BASELINE} (one seed, so without a spread)"
+        return f"validation loss {_apart(mean)} {BASELINE} (one seed, so without a spread)"
     seeds = len(difference["seeds"])
     if abs(mean) <= spread:
-        return f"validation loss equal to {BASELINE} within the spread over {seeds} seeds ({mean:+.4f} ± {spread:.4f})"
-    return f"validation loss {_signed(mean)} {BASELINE} (± {spread:.4f} over {seeds} seeds)"
+        return f"validation loss equal to {BASELINE} within the spread over {seeds} seeds ({signed(mean, spread)})"
+    return f"validation loss {_apart(mean)} {BASELINE} (± {spread:.4f} over {seeds} seeds)"
 
 
-def _signed(mean: float) -> str:
-    return f"{mean:+.4f} over" if mean >= 0 else f"{abs(mean):.4f} under"
+def _apart(mean: float) -> str:
+    return f"{abs(mean):.4f} {'above' if mean >= 0 else 'below'}"
 
 
 def verdict(row: Row) -> str:

@@ -101,10 +101,9 @@ class Plan:
         """The folder of the text that all runs share."""
         return self.out / "corpus"
 
-    @property
-    def finished(self) -> bool:
-        """Whether nothing is left to be run."""
-        return all(each.finished for each in self.runs())
+    def left(self) -> list[Planned]:
+        """The runs that have not finished yet."""
+        return [each for each in self.runs() if not each.finished]
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON types."""
@@ -188,7 +187,7 @@ def prepare(plan: Plan, command: str) -> dict[str, Any]:
     file = plan.out / COMPARE_FILE
     earlier = read_json(file) if file.exists() else {}
     # Without a plan beside it, a corpus comes from an attempt that may have had other settings.
-    if not (earlier and (plan.corpus / "corpus.json").exists()):
+    if plan.left() and not (earlier and (plan.corpus / "corpus.json").exists()):
         prepare_corpus(plan.config).save(plan.corpus)
     commands = dict.fromkeys([*(earlier.get("command") or "").splitlines(), command])
     known = {
@@ -318,14 +317,14 @@ class Watcher(Protocol):
         """A run has these latest figures."""
 
     def ended(self, outcome: Outcome) -> None:
-        """A run is over, or was not needed."""
+        """A run is over."""
 
     def stopping(self) -> None:
         """The runs were asked to save and leave."""
 
 
 def run_all(planned: Sequence[Planned], corpus: Path, jobs: int, watcher: Watcher) -> list[Outcome]:
-    """Make the runs that have not finished yet, `jobs` at the same time; the outcomes are in the order of `planned`.
+    """Make the runs, `jobs` at the same time; the outcomes are in the order of `planned`.
 
     Ctrl-C or SIGTERM is passed on to the running children, which save a checkpoint and leave; the runs not begun are
     "not started". A second Ctrl-C ends the children at once. A run that fails leaves the others alone.
@@ -348,12 +347,12 @@ def run_all(planned: Sequence[Planned], corpus: Path, jobs: int, watcher: Watche
                         child.ask_to_stop()
                 while waiting and len(children) < jobs:
                     each = waiting.popleft()
-                    if each.finished or stopped:
-                        settle(Outcome(each, "finished" if each.finished else "not started"))
+                    if stopped:
+                        settle(Outcome(each, "not started"))
                     else:
                         watcher.started(each)
                         children.append(Child(each, corpus))
-                time.sleep(POLL_SECONDS if children else 0.0)
+                time.sleep(POLL_SECONDS if children else 0)
                 for child in list(children):
                     watcher.progressed(child.planned, latest_figures(child.planned.folder / METRICS_FILE))
                     if ended := child.outcome():

@@ -7,16 +7,19 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from collage.train.compare import Outcome, Planned
 
-PLAIN_LINES = 10
+PLAIN_LINES = 4
+"""Lines for each run where there are no bars."""
+
+TOGETHER = "together"
 
 
 def figures_text(figures: dict[str, Any]) -> str:
     """The latest figures of a run in one line."""
-    parts = (("loss", "loss {:.4f}"), ("tokens_per_s", "{:,.0f} tokens/s"), ("edq_ratio", "EDQ ratio {:.3f}"))
+    parts = (("loss", "loss {:.3f}"), ("tokens_per_s", "{:,.0f} tokens/s"), ("edq_ratio", "EDQ ratio {:.3f}"))
     return "  ".join(form.format(figures[key]) for key, form in parts if figures.get(key) is not None)
 
 
@@ -27,17 +30,20 @@ class CompareDisplay:
         self.console = console
         self._bars = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", markup=False),
+            TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._shown: dict[str, int] = {}
+        self._done: dict[str, int] = {}
         for each in planned:
             task = self._bars.add_task(each.name, total=each.config.steps, figures="waiting", start=False)
             self._tasks[each.name] = task
+        steps = sum(each.config.steps for each in planned)
+        self._together = self._bars.add_task(TOGETHER, total=steps, figures="")
 
     def __enter__(self) -> CompareDisplay:
         self._bars.start()
@@ -64,17 +70,22 @@ class CompareDisplay:
         step, steps = figures.get("step", 0), planned.config.steps
         if not step:
             return
-        if not self._bars.disable:
-            self._bars.update(self._tasks[planned.name], completed=step, figures=figures_text(figures))
-        elif step * PLAIN_LINES // steps > self._shown.get(planned.name, -1):
-            self._shown[planned.name] = step * PLAIN_LINES // steps
+        before = self._done.get(planned.name, 0)
+        self._advance(planned, step)
+        self._bars.update(self._tasks[planned.name], figures=figures_text(figures))
+        if self._bars.disable and step * PLAIN_LINES // steps > before * PLAIN_LINES // steps:
             self.say(f"{planned.name}: step {step}/{steps}  {figures_text(figures)}")
 
+    def _advance(self, planned: Planned, step: int) -> None:
+        self._done[planned.name] = step
+        self._bars.update(self._tasks[planned.name], completed=step)
+        self._bars.update(self._together, completed=sum(self._done.values()))
+
     def ended(self, outcome: Outcome) -> None:
-        """A run is over, or was not needed."""
+        """A run is over."""
         planned = outcome.planned
         if outcome.status == "finished":
-            self._bars.update(self._tasks[planned.name], completed=planned.config.steps)
+            self._advance(planned, planned.config.steps)
         else:
             self._bars.update(self._tasks[planned.name], figures=outcome.status)
         if outcome.status == "failed":

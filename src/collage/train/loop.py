@@ -108,8 +108,8 @@ class _Run:
 
         # ---- files
         self.step, self.earlier_s = 0, 0.0
-        self.record = runfiles.describe(config, self.weights, self.device) | hashes
-        self.record |= {"command": command, "corpus": text.info.to_json()}
+        facts = {"command": command, "corpus": text.info.to_json(), **hashes}
+        self.record = runfiles.describe(config, self.weights, self.device, facts)
         if resume:
             self._resume()
         self.metrics = self._metrics(text)

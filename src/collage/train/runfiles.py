@@ -101,8 +101,10 @@ def resume_config(out: Path, given: dict[str, Any]) -> TrainConfig:
     return resumed(TrainConfig.from_json(read_run(out)["config"]), given)
 
 
-def describe(config: TrainConfig, model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
-    """What run.json says about a run from its start on, but for the command, the corpus and the hashes."""
+def describe(
+    config: TrainConfig, model: torch.nn.Module, device: torch.device, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """What run.json says about a run from its start on; `facts` are the command, the corpus and the hashes."""
     strategy = collage.strategies()[config.strategy]
     return {
         "format": FORMAT,
@@ -112,6 +114,7 @@ def describe(config: TrainConfig, model: torch.nn.Module, device: torch.device) 
         "arithmetic": config.arithmetic,
         "seed": config.seed,
         "config": config.to_json(),
+        **facts,
         "model": {
             "name": config.model,
             "parameters": sum(p.numel() for p in model.parameters()),
