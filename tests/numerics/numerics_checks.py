@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
-from itertools import pairwise
 
 import torch
 from numerics_oracle import exact, exact_sum, nearest, nearest64, same, same_value

@@ -51,7 +51,9 @@ def through_file(state: dict[str, Any]) -> dict[str, Any]:
 
 
 HALF = (torch.bfloat16, torch.float16)
-SERVED = [(name, dtype) for name in STRATEGIES for dtype in (*HALF, torch.float32) if name != "fp32" or dtype not in HALF]
+SERVED = [
+    (name, dtype) for name in STRATEGIES for dtype in (*HALF, torch.float32) if name != "fp32" or dtype not in HALF
+]
 
 
 @pytest.mark.parametrize(("strategy", "dtype"), SERVED)

@@ -146,8 +146,8 @@ def split(a: Tensor) -> tuple[Tensor, Tensor]:
     """The upper and lower halves of a significand (Dekker 1971, after Veltkamp), all in the format.
 
     Returns:
-        ``(high, low)``: high has at most p - s significant bits and low at most s - 1 (s for odd p), s = ceil(p / 2),
-        so that products of halves are exact.
+        ``(high, low)``: high has at most p - s significant bits and low at most s - 1, s = ceil(p / 2), so that
+        products of halves are exact.
 
     Domain: |a| * (2**s + 1) does not overflow; subnormals included.
     Accuracy: high + low = a exactly.

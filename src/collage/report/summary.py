@@ -15,6 +15,10 @@ MEANS = ("edq_ratio", "lost_fraction", "lost_fraction_hi", "v_lost_fraction", "t
 """Final figures of which a row has the mean over the seeds."""
 
 
+SIZES = ("state_bytes", "peak_memory_bytes")
+"""Figures in bytes of which a row has the largest over the seeds."""
+
+
 def difference_from(group: Group, baseline: Group | None) -> dict[str, Any] | None:
     """The difference in validation loss from `baseline`, paired by seed, as a record; None if there is none."""
     difference = paired_difference(group, baseline) if baseline is not None else None
@@ -47,8 +51,9 @@ def row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "perplexity": perplexity(mean(losses)),
     }
     figures |= {key: mean([run.final(key) for run in runs]) for key in MEANS}
-    sizes = ("bytes_per_param", "state_bytes", "peak_memory_bytes")
-    figures |= {key: largest([run.figure(key) for run in group.shown]) for key in sizes}
+    sizes = {key: largest([run.figure(key) for run in group.shown]) for key in SIZES}
+    figures |= {key: None if size is None else int(size) for key, size in sizes.items()}
+    figures["bytes_per_param"] = largest([run.figure("bytes_per_param") for run in group.shown])
     figures[f"difference_from_{BASELINE}"] = difference_from(group, baseline_of(group, groups))
     figures["runs"] = [run.name for run in runs]
     figures["unfinished"] = [unfinished(run) for run in group.runs if not run.finished]

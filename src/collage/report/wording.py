@@ -26,7 +26,7 @@ def with_spread(value: float | None, spread: float | None, form: str = ".4f") ->
 
 def signed(value: float, spread: float | None) -> str:
     """A difference with its sign, and its spread where there is one; 0 where it rounds to nothing."""
-    return with_spread(value, spread, "+.4f" if abs(value) >= 0.00005 else ".0f")
+    return with_spread(value, spread, "+.4f") if abs(value) >= 0.00005 else with_spread(0.0, spread, ".0f")
 
 
 def percent(share: float | None) -> str:

@@ -1,0 +1,189 @@
+"""report.html, report.md and the table on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from collage.report.page import Picture, context, html, markdown, show, warnings
+from collage.report.runs import read_runs
+from collage.report.summary import summarize
+from collage.report.wording import COLUMNS, verdict
+
+MakeRun = Callable[..., Path]
+EVIL = '<script>alert("x")</script> & | `*_'
+PICTURE = Picture("loss", "Training loss", "What it shows.", b"light", b"dark")
+VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
+
+
+class Tags(HTMLParser):
+    """All start tags with their attributes; `open` is empty once all are closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture
+def summary(make_run: MakeRun, tmp_path: Path) -> dict[str, Any]:
+    for strategy in ("plain", "plus", "mixed"):
+        for seed in (0, 1):
+            make_run(strategy, seed)
+    return summarize(read_runs([tmp_path / "runs"]), jobs=2, wall_time_s=125.0)
+
+
+def printed(summary: dict[str, Any], width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    show(summary, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_page_needs_no_other_file(summary: dict[str, Any]) -> None:
+    page = html(context(summary, [PICTURE]))
+    tags = Tags(page)
+    assert tags.open == []
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags.found}
+    for tag, attributes in tags.found:
+        for name in ("src", "srcset", "href"):
+            assert (attributes.get(name) or "data:").startswith("data:"), tag
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "http" not in page
+
+
+def test_the_page_fits_phones_and_dark_screens(summary: dict[str, Any]) -> None:
+    page = html(context(summary, [PICTURE]))
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in Tags(page).found
+    assert "prefers-color-scheme: dark" in page
+    assert "@media (max-width: 760px)" in page
+    assert PICTURE.light in page
+    assert PICTURE.dark in page
+
+
+def test_the_page_holds_all_there_is_to_say(summary: dict[str, Any]) -> None:
+    tags = Tags(html(context(summary, [PICTURE])))
+    text = " ".join(" ".join(tags.text).split())
+    for column in COLUMNS:
+        assert column.heading in text
+        assert column.explanation in text
+    for row in summary["strategies"]:
+        assert verdict(row).removeprefix(row["label"] + ": ") in text
+    for said in (
+        "collage compare --seeds 3",
+        "torch 2.13.0",
+        "name stdlib",
+        "2 min 5 s",
+        "batch_size 16",
+        "What it sh",
+    ):
+        assert said in text
+    (image,) = (attributes for tag, attributes in tags.found if tag == "img")
+    assert image["alt"] == "Training loss. What it shows."
+
+
+@pytest.mark.parametrize("where", ["command", "name", "device"])
+def test_text_from_files_is_escaped_in_the_page(make_run: MakeRun, tmp_path: Path, where: str) -> None:
+    make_run("plus", **{where: EVIL, "status": "failed"}, config={"data": EVIL}, corpus={"name": EVIL, "sha256": EVIL})
+    tags = Tags(html(context(summarize(read_runs([tmp_path / "runs"])), [])))
+    assert "script" not in {tag for tag, _ in tags.found}
+    assert EVIL in " ".join(tags.text)
+
+
+def test_text_from_files_is_escaped_in_markdown(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("plus", config={"data": EVIL})
+    (line,) = (
+        line
+        for line in markdown(context(summarize(read_runs([tmp_path / "runs"])), [])).splitlines()
+        if "alert" in line
+    )
+    assert "<script" not in line.replace("\\<", "")
+    assert len(re.findall(r"(?<!\\)\|", line)) == 3
+
+
+def test_the_markdown_table_has_a_cell_for_each_column(summary: dict[str, Any]) -> None:
+    text = markdown(context(summary, [PICTURE]))
+    table = [line for line in text.splitlines() if line.startswith("| ")][: 2 + len(summary["strategies"])]
+    assert [line.count("|") for line in table] == [len(COLUMNS) + 1] * 5
+    assert "![Training loss](plots/loss.png)" in text
+    assert "- **plus**: no updates were lost" in text
+
+
+def test_unfinished_failed_and_unlike_runs_are_warned_of(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("plus", status="interrupted", last=20, final=None)
+    make_run("mixed", batches_sha256="other")
+    summary = summarize(read_runs([tmp_path / "runs"]), failed=[{"name": "plain-seed0"}, {"name": "plus-seed0"}])
+    assert warnings(summary) == [
+        "mixed-seed0 and plus-seed0 have the same seed but different batches (batches_sha256): these runs can't be "
+        "compared.",
+        "plus-seed0 is interrupted at step 20 of 60; its figures are left out.",
+        "plain-seed0 failed before its first step.",
+    ]
+    page = html(context(summary, []))
+    assert "Read this first" in page
+    assert "Read this first" in markdown(context(summary, []))
+
+
+def test_with_nothing_to_warn_of_there_is_no_warning(summary: dict[str, Any]) -> None:
+    assert warnings(summary) == []
+    assert "Read this first" not in html(context(summary, []))
+
+
+def test_a_single_run_is_no_comparison(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("plus")
+    assert context(summarize(read_runs([tmp_path / "runs"])), [])["title"] == "Training with the strategy plus"
+
+
+def test_old_and_nearly_empty_files_make_a_page(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text("{}")
+    summary = summarize(read_runs([tmp_path / "old"]))
+    assert "no run finished (old unknown at step 0)." in html(context(summary, []))
+    assert "no run finished (old unknown at step 0)." in markdown(context(summary, []))
+
+
+def test_a_wide_terminal_has_a_line_for_each_strategy(summary: dict[str, Any]) -> None:
+    lines = printed(summary, 170).splitlines()
+    (line,) = (line for line in lines if line.split()[:1] == ["plain"])
+    assert line.split() == [
+        *("plain", "2.1365", "±", "0.0092", "+0.0315", "±", "0.0021", "8.470", "0.1700", "83.0", "83.0", "40.0"),
+        *("8", "3.43", "500", "5,000"),
+    ]
+
+
+def test_a_narrow_terminal_has_a_column_for_each_strategy_and_nothing_is_cut(summary: dict[str, Any]) -> None:
+    text = printed(summary, 80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    (line,) = (line for line in text.splitlines() if line.strip().startswith("bytes/param"))
+    assert line.split() == ["bytes/param", "8", "12", "16"]
+    for column in COLUMNS:
+        assert column.heading in text
+
+
+def test_the_sentences_follow_the_table(summary: dict[str, Any]) -> None:
+    flat = " ".join(printed(summary, 100).split())
+    for row in summary["strategies"]:
+        assert verdict(row) in flat
