@@ -122,6 +122,21 @@ def test_resuming_with_contradicting_options_is_refused_and_with_the_same_ones_g
     assert collage(*command, "--resume") == 0
 
 
+def test_a_settings_file_speaks_for_its_own_settings_only_so_that_it_can_be_resumed_with(
+    text: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text('{"steps": 3}')
+    command = ["train", *SMALL, "--config", file, "--out", tmp_path / "run"]
+    assert collage(*command, "--data", text, "--lr", 0.5) == 0
+    assert collage("train", "--config", file, "--out", tmp_path / "run", "--resume") == 0
+
+
+def test_out_that_is_a_file_is_wrong_use(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert collage("train", *SMALL, "--data", text, "--out", text / "00.txt") == 2
+    assert "--out must be a folder that can be written to" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_has_exit_code_1(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics_checks import (
-    adjacent_normalized,
     check_add,
     check_betas,
     check_div,
@@ -21,6 +20,7 @@ from numerics_checks import (
     check_renormalize,
     check_sqrt,
     fail_where,
+    normalized,
 )
 from numerics_oracle import (
     FP8,
@@ -139,7 +139,7 @@ def test_patterns_at_any_distance_keep_their_value(patterns, fmt):
 @pytest.mark.parametrize(**by_name(FP8))
 def test_is_normalized_is_the_definition_for_every_fp8_pair(fmt):
     x = pairs(every_finite(fmt), every_finite(fmt))
-    assert torch.equal(is_normalized(x), adjacent_normalized(x, fmt))
+    assert torch.equal(is_normalized(x), normalized(x, fmt))
 
 
 @COUNTS
@@ -269,7 +269,7 @@ def test_grow_keeps_its_bound_for_every_fp8_expansion_and_a_spread_of_numbers(fm
     """Every normalised pair beside every number, in float64, where all of it is exact."""
     numbers = every_finite(fmt)
     hi, lo = pairs(numbers, numbers)
-    inside = adjacent_normalized((hi, lo), fmt) & ((hi.double() + lo.double()).abs() <= fmt.max)
+    inside = normalized((hi, lo), fmt) & ((hi.double() + lo.double()).abs() <= fmt.max)
     hi, lo = hi[inside], lo[inside]
     for a in numbers[:: 8 if fmt == E5M2 else 6]:
         want = hi.double() + lo.double() + a.double()

@@ -118,7 +118,9 @@ def test_v_of_plus_in_working_arithmetic_follows_noise(beta2: float) -> None:
 
 
 def test_v_of_plus_in_working_arithmetic_stalls_under_constant_gradients() -> None:
-    means = {b: element_errors(*second_moment("plus-nearest", b, "working")[:2]).mean().item() for b in (0.9, 0.99, 0.999)}
+    means = {
+        b: element_errors(*second_moment("plus-nearest", b, "working")[:2]).mean().item() for b in (0.9, 0.99, 0.999)
+    }
     assert abs(means[0.9]) < 1e-3
     assert means[0.99] == pytest.approx(-0.0017, abs=5e-4)
     assert means[0.999] == pytest.approx(-0.008, abs=1e-3)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import collage
 from collage.train.config import TrainConfig, UserError, resumed
 
 
@@ -101,3 +102,18 @@ def test_what_an_unset_setting_stood_for_does_not_contradict_it() -> None:
     assert resumed(TrainConfig(), {"warmup": 20, "min_lr": 5e-5}) == TrainConfig()
     with pytest.raises(UserError, match="--warmup 21"):
         resumed(TrainConfig(), {"warmup": 21})
+
+
+def test_working_arithmetic_has_the_eager_backend_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {name: collage.Backend(name, True) for name in ("eager", "native")}
+    monkeypatch.setattr(collage, "backends", lambda: known)
+    assert TrainConfig(strategy="plain", arithmetic="working", backend="eager").backend == "eager"
+    with pytest.raises(UserError, match="backend must be eager with arithmetic working, got 'native'; leave it unset"):
+        TrainConfig(strategy="plain", arithmetic="working", backend="native")
+
+
+def test_a_resumed_run_that_grew_is_resumed_again_with_the_settings_in_full() -> None:
+    stored = TrainConfig(schedule="constant", steps=300)
+    grown = resumed(stored, {**stored.to_json(), "steps": 600})
+    assert (grown.steps, grown.warmup_steps) == (600, 20)
+    assert resumed(stored, grown.to_json()) == resumed(grown, grown.to_json()) == grown

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from collage.train import data
 from collage.train.config import TrainConfig, UserError
 from collage.train.data import (
     END_OF_DOCUMENT,
@@ -213,3 +214,33 @@ def test_the_validation_set_is_spread_over_the_split() -> None:
 def test_a_split_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(UserError, match=r"validation split must have at least seq_len \+ 1 = 11 tokens, got 10"):
         Windows(np.arange(10, dtype=np.uint16), seq_len=10, split="validation")
+
+
+def test_the_hash_of_the_batches_changes_with_all_that_changes_a_batch() -> None:
+    other = np.arange(1001, dtype=np.uint16)
+    other[500] += 1
+    base = WINDOWS.sha256(30, 4, seed=0)
+    changed = [
+        WINDOWS.sha256(31, 4, seed=0),
+        WINDOWS.sha256(30, 5, seed=0),
+        WINDOWS.sha256(30, 4, seed=1),
+        Windows(np.arange(1001, dtype=np.uint16), 9, "train").sha256(30, 4, seed=0),
+        Windows(other, 10, "train").sha256(30, 4, seed=0),
+    ]
+    assert len({base, *changed}) == 6
+
+
+def test_the_hash_of_the_batches_is_that_of_their_tokens_however_these_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = WINDOWS.sha256(30, 4, seed=0)
+    np.save(tmp_path / "tokens.npy", np.arange(1001, dtype=np.uint32))
+    mapped = Windows(np.load(tmp_path / "tokens.npy", mmap_mode="r"), 10, "train")
+    monkeypatch.setattr(data, "_HASHED_AT_ONCE", 7)
+    assert mapped.sha256(30, 4, seed=0) == base
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100, 250])
+def test_the_hash_covers_the_very_windows_that_the_steps_see(batch_size: int) -> None:
+    seen = np.concatenate([WINDOWS.batch(step, batch_size, seed=2)[:, 0] // 10 for step in range(1, 6)])
+    assert np.array_equal(np.concatenate(list(WINDOWS._visits(0, 5 * batch_size, seed=2))), seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -345,6 +346,37 @@ def test_other_weights_cannot_be_resumed_with(
     monkeypatch.setattr(loop, "build_model", lambda name, **options: real(name, **{**options, "seed": 9}))
     with pytest.raises(UserError, match="must have the initial weights it was started with"):
         train(tiny, out, resume=True)
+
+
+def test_other_tokens_of_the_same_text_cannot_be_resumed_with(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = tmp_path / "run", replace(tiny, tokenizer="bpe", vocab_size=270)
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, ctrl_c)
+        train(config, out)
+    prepare_corpus(replace(config, vocab_size=275)).save(tmp_path / "corpus")
+    with pytest.raises(UserError, match="must have the batches it was started with"):
+        train(config, out, resume=True, corpus=tmp_path / "corpus")
+
+
+def test_a_damaged_checkpoint_is_named_and_removing_it_resumes_from_the_one_before(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny, tmp_path / "whole")
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, crash)
+        with pytest.raises(OSError, match="disk is gone"):
+            train(tiny, out)
+    damaged = out / "checkpoints/step-000006"
+    (damaged / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"optimizer.safetensors can't be read.*remove the folder .*step-000006"):
+        train(tiny, out, resume=True)
+    shutil.rmtree(damaged)
+    train(tiny, out, resume=True)
+    assert last_tensors(out) == last_tensors(tmp_path / "whole")
+    assert records(out) == records(tmp_path / "whole")
 
 
 # ---- failing ----

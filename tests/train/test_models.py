@@ -94,3 +94,11 @@ def test_the_audit_learns_the_modules_names() -> None:
     model(input_ids=torch.arange(9)[None, :]).logits.float().logsumexp(-1).mean().backward()
     optimizer.step()
     assert "gpt_neox.layers.0.attention.dense" in audit.report()["modules"]
+
+
+def test_building_reseeds_no_generator_but_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accelerators_too(seed: int) -> None:
+        raise AssertionError("torch.manual_seed reseeds every device")
+
+    monkeypatch.setattr(torch, "manual_seed", accelerators_too)
+    small()

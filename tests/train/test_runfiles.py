@@ -114,3 +114,26 @@ def test_a_folder_with_a_run_is_refused_and_one_without_cannot_be_resumed(tmp_pa
 def test_device_and_memory_have_plausible_figures() -> None:
     assert runfiles.device_name(torch.device("cpu")).startswith("cpu: ")
     assert runfiles.peak_memory(torch.device("cpu")) > 50 * 2**20
+
+
+def test_the_hash_of_the_weights_follows_every_bit_name_and_dtype() -> None:
+    def model() -> torch.nn.Linear:
+        layer = torch.nn.Linear(3, 2)
+        with torch.no_grad():
+            layer.weight.copy_(torch.arange(6.0).reshape(2, 3))
+            layer.bias.zero_()
+        return layer
+
+    base, negative = model(), model()
+    with torch.no_grad():
+        negative.bias[1] = -0.0
+    assert runfiles.weights_sha256(base) == runfiles.weights_sha256(model())
+    others = [negative, model().double(), torch.nn.Sequential(model())]
+    assert len({runfiles.weights_sha256(each) for each in [base, *others]}) == 4
+
+
+def test_out_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"--out must be a folder that can be written to, got .*/file"):
+            runfiles.check_unused(path)
