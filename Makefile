@@ -7,7 +7,7 @@ DEMO_OUT ?= runs/demo
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/collage compare --out $(DEMO_OUT)
+	$(BIN)/collage compare --out $(DEMO_OUT) --resume
 
 test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q

@@ -122,8 +122,8 @@ def run(
 
 @pytest.mark.parametrize("strategy", ["fp32", "mixed"])
 def test_nothing_is_lost_in_float32_and_mixed_precision(strategy: str) -> None:
-    total = run(strategy)[1].report()["total"]
-    assert total["edq_ratio"] == pytest.approx(1.0, abs=1e-3)
+    total = run(strategy, lr=1e-3)[1].report()["total"]
+    assert total["edq_ratio"] == pytest.approx(1.0, abs=1e-5)
     assert total["edq"] == pytest.approx(total["update_norm"], rel=1e-3)
     # The values span many binades: what is below half a unit of float32 is lost there too.
     assert total["lost_fraction"] is not None
@@ -151,7 +151,9 @@ def test_where_one_component_is_rounded_to_nearest_most_of_the_update_is_lost(st
 
 
 def test_the_loss_of_the_second_moment_tells_light_from_plus() -> None:
-    light, plus, wide = (run(name, beta2=0.999)[1].report()["total"] for name in ("light", "plus", "mixed"))
+    light, plus, wide = (
+        run(name, steps=200, count=1000, beta2=0.999)[1].report()["total"] for name in ("light", "plus", "mixed")
+    )
     assert light["v_lost_fraction"] is not None
     assert light["v_lost_fraction"] > 0.2
     assert plus["v_lost_fraction"] is not None

@@ -189,7 +189,10 @@ def test_from_wide_is_as_near_as_stated(fmt, n):
 @pytest.mark.parametrize(**by_name())
 def test_from_wide_normalises_at_ties(fmt, n):
     """hi odd and lo half of its ulp, exactly and after lo is rounded."""
+    # All of them up to 11 bits; of float32 every 8,192nd and its odd neighbour.
     leads = significands(fmt, 0)
+    if fmt == FP32:
+        leads = torch.cat([leads[::8192], leads[1::8192]])
     half = fmt.ulp(leads) / 2
     for x in (leads + half, leads - half / 2, leads + half * (1 - 2.0**-20), leads + half * (1 + 2.0**-20)):
         check_from_wide(from_wide, fmt, n, x)
@@ -214,9 +217,15 @@ def test_a_wide_number_that_fits_comes_back(fmt, n):
     x = renormalize(random_expansion(fmt, n, 2000, LOW, HIGH, generator))
     wide = to_wide(x)
     fits = torch.tensor([Fraction(w) == q for w, q in zip(wide.tolist(), exact_sum(x), strict=True)])
-    assert fits.float().mean() > 0.5
-    for a, b in zip(from_wide(wide, fmt, n), x, strict=True):
-        fail_where(fits & ~same_value(a, b), fmt.name, wide, a, b)
+    # Three float32 components hold more bits than the float64 that carries their sum.
+    assert fits.float().mean() > 0.1
+    back = from_wide(wide, fmt, n)
+    same = torch.tensor([Fraction(w) == q for w, q in zip(wide.tolist(), exact_sum(back), strict=True)])
+    fail_where(fits & ~same, fmt.name, wide, *back)
+    if n == 2:
+        # A longer expansion with a tie between two neighbours has a second normalised form of the same value.
+        for a, b in zip(back, x, strict=True):
+            fail_where(fits & ~same_value(a, b), fmt.name, wide, a, b)
 
 
 @pytest.mark.parametrize("value", [3, -7, 0, 0.1, 1e-30, 2**40])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_gpt_125m_is_the_papers_shape() -> None:
 
 def test_architecture_is_rotary_over_the_head_pre_ln_untied_without_dropout() -> None:
     model = small()
-    block = model.gpt_neox.layers[0]  # pyright: ignore
+    block: Any = model.gpt_neox.layers[0]  # pyright: ignore
     assert block.attention.rotary_ndims == block.attention.head_size == 32
     assert model.gpt_neox.rotary_emb.inv_freq.numel() == 16  # pyright: ignore
     assert block.use_parallel_residual is False
