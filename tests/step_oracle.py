@@ -48,8 +48,8 @@ def nearest(x: Fraction | float, fmt: str, sign: float | None = None) -> float:
         if not math.isfinite(x):
             return math.copysign(448.0, x) if fmt in SATURATING and math.isinf(x) else x
         x, sign = Fraction(x), x
-    q = spacing(x, fmt)
-    return _finish(round(abs(x) / q) * q, float(x) if x else (sign or 0.0), fmt)
+    q = spacing(Fraction(x), fmt)
+    return _finish(Fraction(round(abs(x) / q)) * q, float(x) if x else (sign or 0.0), fmt)
 
 
 def stochastic(x: float, fmt: str, bits: int) -> float:

@@ -141,9 +141,10 @@ def test_importing_collage_leaves_torchs_global_state_alone() -> None:
 @pytest.mark.parametrize("name", [name for name in collage.__all__ if name != "__version__"])
 def test_public_names_exist_and_have_docstrings_of_their_own(name: str) -> None:
     value = getattr(collage, name)
-    assert (value.__doc__ or "").strip()
+    doc = value.__doc__ or ""
+    assert doc.strip()
     if inspect.isclass(value):
-        assert not value.__doc__.startswith(f"{name}("), "a dataclass's generated signature is no docstring"
+        assert not doc.startswith(f"{name}("), "a dataclass's generated signature is no docstring"
         methods = [m for key, m in vars(value).items() if inspect.isfunction(m) and not key.startswith("_")]
         assert all(method.__doc__ for method in methods)
 

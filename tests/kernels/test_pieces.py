@@ -163,3 +163,12 @@ def test_a_step_in_inference_mode_leaves_usable_buffers(monkeypatch: pytest.Monk
     with torch.inference_mode():
         run([(100,)], "plus", steps=1)
     run([(100,)], "plus", steps=1)
+
+
+def test_the_sums_of_a_piece_do_not_depend_on_the_thread_count() -> None:
+    pieces = [values((eager.CHUNK,), seed, torch.float64) for seed in range(8)]
+    sums = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        sums.append([eager._total(piece).item() for piece in pieces])
+    assert sums[0] == sums[1] == sums[2]

@@ -142,7 +142,7 @@ def test_gradients_are_divided_by_the_loss_scale_and_turned_round(scale: float, 
         unscaled = round_to(grad / scale, "fp32")
         element.step_fp32(-unscaled if maximize else unscaled, Hyper(), lambda _: 0)
     param.grad = torch.tensor(grads, dtype=torch.float64).to(param.dtype)
-    opt.grad_scale = torch.tensor(scale)  # what torch.amp.GradScaler sets for the time of a step
+    setattr(opt, "grad_scale", torch.tensor(scale))  # noqa: B010  what torch.amp.GradScaler sets for the time of a step
     opt.step()
     compare(param, opt.state[param], elements, 1)
 

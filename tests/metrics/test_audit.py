@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -19,7 +19,7 @@ from collage.numerics import random_bits
 from collage.optim import StepRow
 from comparing import LOW, STRATEGIES, WORKING, assert_same, dtype_of, values
 from step_oracle import STRATEGIES as WORDS
-from step_oracle import Element, Hyper, nearest
+from step_oracle import Arithmetic, Element, Hyper, nearest, scalars
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -28,12 +28,12 @@ class Keeper:
     """An observer that keeps everything."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[int, list[StepRow]]] = []
+        self.seen: list[tuple[int, Sequence[StepRow]]] = []
 
     def wants(self, step: int) -> bool:
         return True
 
-    def record(self, step: int, rows: list[StepRow]) -> None:
+    def record(self, step: int, rows: Sequence[StepRow]) -> None:
         self.seen.append((step, rows))
 
     def sums(self) -> dict[str, float]:
@@ -51,7 +51,7 @@ def v_of(element: Element) -> Fraction:
 
 def exact_sums(
     before: list[Element], after: list[Element], updates: list[float], grads: list[float], beta2: float
-) -> Any:
+) -> dict[str, Fraction]:
     """The sums by their definition (docs/audit.md), as rationals."""
     sums = dict.fromkeys(SUMS, Fraction(0))
     for old, new, update, grad in zip(before, after, updates, grads, strict=True):
@@ -66,6 +66,15 @@ def exact_sums(
         sums["decays"] += v_of(old) > 0 and decay != 0
         sums["lost_decays"] += v_of(old) > 0 and decay != 0 and v_of(new) == v_of(old)
     return sums
+
+
+def assert_sums(found: dict[str, float], exact: dict[str, Fraction]) -> None:
+    """Counts exactly; sums, which are added up in float64, nearly."""
+    for column in SUMS[3:]:
+        assert found[column] == exact[column], column
+    scale = float(exact["update_dot_update"])
+    for column in SUMS[:3]:
+        assert found[column] == pytest.approx(float(exact[column]), rel=1e-12, abs=1e-14 * scale), column
 
 
 CASES = [(name, fmt) for name in LOW for fmt in ("bf16", "fp16")] + [("fp32", "fp32")]
@@ -96,13 +105,32 @@ def test_the_sums_of_a_step_are_the_exact_ones(name: str, fmt: str, lr: float) -
         ]
         param.grad = torch.tensor(grads, dtype=torch.float64).to(param.dtype)
         opt.step()
-        found = keeper.sums()
-        exact = exact_sums(before, elements, updates, grads, hyper.beta2)
-        for column in SUMS[3:]:
-            assert found[column] == exact[column], column
-        scale = float(exact["update_dot_update"])
-        for column in SUMS[:3]:
-            assert found[column] == pytest.approx(float(exact[column]), rel=1e-12, abs=1e-14 * scale), column
+        assert_sums(keeper.sums(), exact_sums(before, elements, updates, grads, hyper.beta2))
+
+
+def working_update(old: Element, new: Element, hyper: Hyper) -> float:
+    """u of a step in working arithmetic, which reads hi alone."""
+    f, k = Arithmetic(new.fmt), scalars(hyper, new.step)
+    u = f.div(f.mul(new.m, k["step_size"]), f.add(f.div(f.sqrt(new.v), k["root_bc2"]), k["eps"]))
+    return f.sub(u, f.mul(old.param, k["decay"]))
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-6])
+@pytest.mark.parametrize("name", WORKING)
+def test_the_sums_of_a_step_in_working_arithmetic_are_the_exact_ones(name: str, lr: float) -> None:
+    start = values((60,), 3)
+    param, hyper, keeper = nn.Parameter(start.clone()), Hyper(lr=lr), Keeper()
+    opt = collage.AdamW([param], lr=lr, weight_decay=0.01, strategy=name, arithmetic="working")
+    opt.add_observer(keeper)
+    elements = [Element(WORDS[name], "bf16", value) for value in start.tolist()]
+    for step in range(1, 4):
+        param.grad = values((60,), step)
+        before = copy.deepcopy(elements)
+        for element, grad in zip(elements, param.grad.tolist(), strict=True):
+            element.step_working(grad, hyper)
+        opt.step()
+        updates = [working_update(old, new, hyper) for old, new in zip(before, elements, strict=True)]
+        assert_sums(keeper.sums(), exact_sums(before, elements, updates, param.grad.tolist(), hyper.beta2))
 
 
 # ---- the figures -----------------------------------------------------------------------------------------------------
@@ -210,10 +238,21 @@ def test_an_audited_run_has_the_bits_of_an_unaudited_one(strategy: str, arithmet
 @pytest.mark.parametrize("strategy", ["plain", "plus", "mixed"])
 def test_the_figures_do_not_depend_on_the_thread_count(strategy: str) -> None:
     reports = []
-    for threads in (1, 2):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        reports.append(run(strategy, steps=2, count=100_000)[1].report())
-    assert reports[0] == reports[1]
+        reports.append(run(strategy, steps=2, count=eager.CHUNK)[1].report())
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_a_step_that_nobody_audits_computes_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, opt = small()
+    collage.audit(opt, every=2)
+    calls, sums = [], eager._sums
+    monkeypatch.setattr(eager, "_sums", lambda *args: calls.append(1) or sums(*args))
+    advance(opt, 1)
+    assert not calls
+    advance(opt, 1)
+    assert calls == [1]
 
 
 def test_the_counts_do_not_depend_on_the_length_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +399,7 @@ def test_a_skipped_or_empty_step_is_no_audited_one() -> None:
     param.grad = torch.zeros_like(param)
     opt.param_groups[0]["lr"] = 0.0
     opt.step()
-    opt.found_inf = torch.ones(())
+    opt.found_inf = torch.ones(())  # type: ignore[attr-defined]
     param.grad = torch.ones_like(param)
     opt.step()
     assert audit.steps == []

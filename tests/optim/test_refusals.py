@@ -82,6 +82,26 @@ def test_options_that_go_bad_during_a_run_stop_the_step_before_anything_changes(
     assert_same(opt, before)
 
 
+def test_working_arithmetic_refuses_an_eps_that_its_format_rounds_to_zero() -> None:
+    half = params(torch.float16)
+    options: dict[str, Any] = {"strategy": "plus-nearest", "arithmetic": "working"}
+    with pytest.raises(ValueError, match=r"eps must be 0 or > 3\.0e-08 .* torch.float16, got 1e-08, .*a larger eps"):
+        collage.AdamW(half, **options)
+    opt = collage.AdamW([*half, *params()], eps=6e-8, **options)
+    for param in opt.param_groups[0]["params"]:
+        param.grad = torch.zeros_like(param)
+    opt.step()
+    assert all(torch.isfinite(param).all() for param in opt.param_groups[0]["params"])
+    before = snapshot(opt)
+    opt.param_groups[0]["eps"] = 2.0**-25
+    with pytest.raises(ValueError, match="eps must be 0 or"):
+        opt.step()
+    assert_same(opt, before)
+    # bfloat16 holds it, and in float32 arithmetic nothing is rounded away.
+    collage.AdamW(params(), **options)
+    collage.AdamW(half, strategy="plus-nearest")
+
+
 PARAMETERS = [
     (
         torch.zeros(3, dtype=torch.float64),

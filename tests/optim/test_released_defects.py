@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import collage
-from collage.numerics import fast_two_sum, from_wide, grow, mul
+from collage import kernels
+from collage.numerics import BF16, fast_two_sum, from_wide, grow, mul
 from collage.storage import Expansion
 from comparing import WORKING, assert_same, values
 
@@ -28,11 +29,11 @@ def stepped(count: int, **options: Any) -> collage.AdamW:
 @pytest.mark.parametrize("beta2", [0.9, 0.95, 0.99])
 def test_the_product_reads_the_old_leading_component(beta2: float) -> None:
     # Overwriting hi before the error term is formed halves the steady v, or leaves a third of it.
-    parts = list(from_wide(values((200,), 3, torch.float64).square(), collage.numerics.BF16))
+    parts = list(from_wide(values((200,), 3, torch.float64).square(), BF16))
     hi, lo = (part.clone() for part in parts)
     addend = values((200,), 4).square()
     Expansion(2).working_average(parts, beta2, addend)
-    factor = from_wide(beta2, collage.numerics.BF16)
+    factor = from_wide(beta2, BF16)
     wanted = grow(mul((hi, lo), factor), addend)
     assert all(torch.equal(part, component) for part, component in zip(parts, wanted, strict=True))
     exact = beta2 * (hi.double() + lo.double()) + addend.double()
@@ -73,8 +74,8 @@ def test_names_of_strategies_and_arithmetics_are_compared_by_value(name: str, lo
 @pytest.mark.parametrize("strategy", WORKING)
 def test_the_metric_observes_the_one_step_there_is(strategy: str, arithmetic: str, monkeypatch) -> None:
     calls = []
-    step = collage.kernels._STEPS["eager"]
-    monkeypatch.setitem(collage.kernels._STEPS, "eager", lambda batch: calls.append(batch.audit) or step(batch))
+    step = kernels._STEPS["eager"]
+    monkeypatch.setitem(kernels._STEPS, "eager", lambda batch: calls.append(batch.audit) or step(batch))
     opt = collage.AdamW([nn.Parameter(values((400,), 0))], strategy=strategy, arithmetic=arithmetic)
     collage.audit(opt, every=2)
     for seed in (1, 2, 3):

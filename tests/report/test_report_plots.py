@@ -196,3 +196,14 @@ def test_a_curve_with_a_gap_and_an_interrupted_run_is_drawn(make_run: MakeRun, t
     run = make_run("plus", status="interrupted", last=0)
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 2}\n')
     assert drawn("loss", group_runs(read_runs([tmp_path / "runs"]))) is not None
+
+
+def test_the_axis_of_steps_begins_at_zero_and_has_whole_numbers_even_for_one_step(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run("plus", steps=10)
+    (run / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0, "edq_ratio": 0.5, "lost_fraction": 0.5}\n')
+    figure = drawn("updates", group_runs(read_runs([tmp_path / "runs"])))
+    assert figure is not None
+    assert figure.axes[-1].get_xlim()[0] == 0
+    assert all(tick == round(tick) for tick in figure.axes[-1].get_xticks())

@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from collage import kernels
 from collage.kernels import Batch, Hyper, Layout
+from collage.numerics import format_of
 from collage.optim import statedict
 from collage.optim.lowprecision import take_full_value, warn_of_replaced
 from collage.optim.strategies import Strategy, resolve, strategies
@@ -230,6 +231,7 @@ class AdamW(Optimizer):
                 layout = _layout(strategy, param.dtype)
                 # A float32 parameter steps as plain float32 whatever the strategy and its arithmetic.
                 arithmetic = "fp32" if param.dtype == torch.float32 else group["arithmetic"]
+                _check_working_eps(group, param.dtype)
                 members.append(_Member(index, ordinal, param, param.grad, name, layout, arithmetic))
         return members
 
@@ -402,6 +404,19 @@ def _check_group(group: dict[str, Any]) -> None:
                 f"{_called(name)} is {param.dtype}; allowed: floating-point parameters (not complex, integer)"
             )
         strategy.layout(param.dtype)
+        _check_working_eps(group, param.dtype)
+
+
+def _check_working_eps(group: dict[str, Any], dtype: torch.dtype) -> None:
+    """Raises ValueError where "working" arithmetic would round eps away: torch's default in float16. v underflows there
+    for gradients below .005 already, and the update is a division by zero."""
+    eps = float(group["eps"])
+    smallest = format_of(dtype).smallest_subnormal
+    if group["arithmetic"] == "working" and dtype != torch.float32 and 0 < eps <= smallest / 2:
+        raise ValueError(
+            f"eps must be 0 or > {smallest / 2:.1e} with arithmetic='working' on parameters of {dtype}, got {eps}, "
+            "which that format rounds to 0; take a larger eps, or arithmetic='fp32'"
+        )
 
 
 def _check_grad(param: Tensor, grad: Tensor, name: str | None) -> None:

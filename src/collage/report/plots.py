@@ -36,6 +36,7 @@ def _tidy(axes: Axes, label: str, *, steps: bool = True) -> None:
     axes.grid(True, axis="both", linewidth=0.5)
     axes.set_axisbelow(True)
     if steps:
+        axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
 
 
