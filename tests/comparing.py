@@ -50,3 +50,15 @@ def assert_same(one: Any, other: Any) -> None:
     assert [entry[:2] for entry in first] == [entry[:2] for entry in second]
     wrong = [a[0] for a, b in zip(first, second, strict=True) if not torch.equal(a[2], b[2])]
     assert not wrong, f"bits differ in {wrong}"
+
+
+def any_bits(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+    """Half random bit patterns (infinities, nans, subnormals, everything), half ordinary values, some zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    limits = torch.iinfo(integers)
+    raw = torch.randint(limits.min, limits.max + 1, shape, generator=generator, dtype=torch.int64).to(integers)
+    ordinary = (torch.randn(shape, generator=generator, dtype=torch.float64) * 0.05).to(dtype)
+    kind = torch.rand(shape, generator=generator, dtype=torch.float64)
+    mixed = torch.where(kind < 0.5, raw.view(dtype), ordinary)
+    return torch.where(kind > 0.97, torch.copysign(torch.zeros_like(mixed), ordinary), mixed)

@@ -10,7 +10,7 @@ import torch
 
 import collage
 from collage import kernels
-from collage.kernels import DRAWS, SUMS, Batch, Hyper, Scalars
+from collage.kernels import DRAWS, SUMS, Batch, Hyper, Inputs, Layout, Scalars
 from collage.kernels.contract import power
 from comparing import values
 
@@ -76,30 +76,55 @@ def test_an_unavailable_backend_is_refused_with_its_reason_and_an_unknown_one_wi
         kernels.check_backend("cuda")
 
 
-def batch(count: int, audit: bool) -> Batch:
+def batch(count: int) -> tuple[Batch, list[torch.Tensor]]:
     layout = collage.strategies()["plus"].layout(torch.bfloat16)
     params = [values((50,), i) for i in range(count)]
     names = layout.state_names(torch.bfloat16)
     states = [{name: torch.zeros(50, dtype=dtype) for name, dtype in names.items()} for _ in params]
-    grads = [values((50,), 10 + i) for i in range(count)]
-    return Batch(layout, HYPER, "fp32", 0, params, grads, states, [1] * count, list(range(count)), audit=audit)
+    made = Batch(layout, "fp32", 0, params, states, torch.zeros(count), list(range(count)), [0] * count)
+    return made, [values((50,), 10 + i) for i in range(count)]
+
+
+def usable() -> list[str]:
+    return [name for name, backend in collage.backends().items() if backend and "cpu" in (backend.devices or ("cpu",))]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_step_returns_a_row_of_sums_per_parameter_when_audited_and_else_nothing(count: int) -> None:
-    assert kernels.step(batch(count, audit=False)) is None
-    sums = kernels.step(batch(count, audit=True), "eager")
+@pytest.mark.parametrize("backend", usable())
+def test_a_step_counts_itself_and_returns_a_row_of_sums_per_parameter_when_audited(backend: str, count: int) -> None:
+    made, grads = batch(count)
+    assert kernels.step(made, Inputs(HYPER, grads), backend) is None
+    sums = kernels.step(made, Inputs(HYPER, grads, audit=True), backend)
     assert sums is not None
     assert (sums.shape, sums.dtype) == ((count, len(SUMS)), torch.float64)
     assert (sums[:, SUMS.index("updates")] == 50).all()
+    assert made.steps.tolist() == [2.0] * count
 
 
-def test_the_eager_step_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setitem(kernels._STEPS, "eager", lambda each: calls.append(each))
-    for backend in (None, "eager"):
-        param = torch.nn.Parameter(values((4,), 0))
-        param.grad = values((4,), 1)
-        collage.AdamW([param], backend=backend).step()
-    assert len(calls) == 2
-    assert all(torch.equal(call.grads[0], values((4,), 1)) for call in calls)
+@pytest.mark.parametrize("backend", [None, *usable()])
+def test_the_named_backend_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch, backend: str | None) -> None:
+    calls: list[str] = []
+    for name in kernels._STEPS:
+        monkeypatch.setitem(kernels._STEPS, name, lambda batch, inputs, name=name: calls.append(name))
+    param = torch.nn.Parameter(values((4,), 0))
+    param.grad = values((4,), 1)
+    collage.AdamW([param], backend=backend).step()
+    assert calls == [backend or ("native" if collage.backends()["native"] else "eager")]
+
+
+def test_working_arithmetic_and_layouts_without_a_kernel_take_the_eager_step() -> None:
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    plus = collage.strategies()["plus-nearest"].layout(bf16)
+    assert kernels.choose(plus, "working", bf16, cpu, None) == "eager"
+    three = Layout(collage.Expansion(3), collage.Rounded(), collage.Rounded())
+    assert kernels.choose(three, "fp32", bf16, cpu, None) == "eager"
+
+
+@pytest.mark.skipif(not collage.backends()["native"], reason="no native kernels were built")
+def test_insisting_on_a_backend_that_has_no_kernel_is_refused() -> None:
+    three = collage.Strategy("three", collage.Expansion(3), collage.Rounded(), collage.Rounded())
+    param = torch.nn.Parameter(values((4,), 0))
+    opt = collage.AdamW([param], strategy=three, backend="native")
+    param.grad = values((4,), 1)
+    with pytest.raises(ValueError, match=r"backend 'native' has no kernel for .*Expansion.*backend=None or 'eager'"):
+        opt.step()

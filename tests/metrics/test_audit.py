@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import collage
+from collage import kernels
 from collage.kernels import SUMS, eager
 from collage.metrics import Record
 from collage.numerics import random_bits
@@ -246,6 +247,7 @@ def test_the_figures_do_not_depend_on_the_thread_count(strategy: str) -> None:
 
 def test_a_step_that_nobody_audits_computes_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     _, opt = small()
+    opt.param_groups[0]["backend"] = "eager"
     collage.audit(opt, every=2)
     calls, sums = [], eager._sums
     monkeypatch.setattr(eager, "_sums", lambda *args: calls.append(1) or sums(*args))
@@ -256,6 +258,7 @@ def test_a_step_that_nobody_audits_computes_no_sums(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_counts_do_not_depend_on_the_length_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels._STEPS, "native", eager.step)
     whole = run("plus", steps=2)[1].report()["total"]
     monkeypatch.setattr(eager, "CHUNK", 64)
     monkeypatch.setattr(eager, "_buffers", eager._Buffers())

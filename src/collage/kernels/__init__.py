@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from collage.kernels import eager
-from collage.kernels.contract import DRAWS, ROLES, SUMS, Batch, Hyper, Layout, Scalars
+from collage.kernels import eager, native
+from collage.kernels.contract import DRAWS, ROLES, SUMS, Batch, Hyper, Inputs, Layout, Scalars
 
 __all__ = [
     "DRAWS",
@@ -18,10 +18,13 @@ __all__ = [
     "Backend",
     "Batch",
     "Hyper",
+    "Inputs",
     "Layout",
     "Scalars",
     "backends",
     "check_backend",
+    "choose",
+    "null_step",
     "step",
 ]
 
@@ -35,12 +38,14 @@ class Backend:
         available: whether it can run here.
         reason: why it cannot, in plain words; empty where it can.
         devices: the device types it serves; empty means all.
+        detail: what it runs on here, such as the processor's instruction sets it has kernels for, best first.
     """
 
     name: str
     available: bool
     reason: str = ""
     devices: tuple[str, ...] = ()
+    detail: str = ""
 
     def __bool__(self) -> bool:
         return self.available
@@ -48,17 +53,17 @@ class Backend:
 
 def backends() -> dict[str, Backend]:
     """What can run here, and why the others cannot."""
-    missing = f"torch-collage has no {{}} kernel in this version; the eager step serves {torch.__name__} on any device"
+    no_native, no_triton = native.unavailable(), "not yet"
     return {
         "eager": Backend("eager", True),
-        "native": Backend("native", False, missing.format("native CPU"), ("cpu",)),
-        "triton": Backend("triton", False, missing.format("Triton"), ("cuda",)),
+        "native": Backend("native", not no_native, no_native, ("cpu",), ", ".join(native.instruction_sets())),
+        "triton": Backend("triton", not no_triton, no_triton, ("cuda",)),
     }
 
 
 def check_backend(name: str | None) -> None:
     """Raises ValueError unless ``name`` is None (chosen by device) or a backend that can run here."""
-    if name is None:
+    if name is None or name == "eager":
         return
     known = backends()
     if name not in known:
@@ -68,13 +73,46 @@ def check_backend(name: str | None) -> None:
         raise ValueError(f"backend {name!r} cannot run here: {known[name].reason}. Usable: {usable}, or None")
 
 
-_STEPS: dict[str, Callable[[Batch], Tensor | None]] = {"eager": eager.step}
+_STEPS: dict[str, Callable[[Batch, Inputs], Tensor | None]] = {
+    "eager": eager.step,
+    "native": native.step,
+}
+_SERVES = {"native": native.serves}
 
 
-def step(batch: Batch, backend: str | None = None) -> Tensor | None:
-    """One step over a batch by the named backend, or the best one for its device.
+def choose(layout: Layout, arithmetic: str, dtype: torch.dtype, device: torch.device, wanted: str | None) -> str:
+    """The backend that steps such parameters: the wanted one, or with None the fastest that serves them.
+
+    Raises:
+        ValueError: the wanted one does not serve them.
+    """
+    if wanted == "eager" or arithmetic == "working":
+        return "eager"
+    known = backends()
+    for name, serves in _SERVES.items():
+        backend = known[name]
+        if wanted not in (None, name) or not backend or device.type not in backend.devices:
+            continue
+        if serves(layout, dtype):
+            return name
+    if wanted is None:
+        return "eager"
+    raise ValueError(
+        f"backend {wanted!r} has no kernel for {layout} with parameters of {dtype} on {device.type}; it serves "
+        f"collage.strategies() on {' and '.join(known[wanted].devices)}. Use backend=None or 'eager'"
+    )
+
+
+def step(batch: Batch, inputs: Inputs, backend: str) -> Tensor | None:
+    """One step over a batch by the named backend.
 
     Returns:
-        The sums of an audited batch: float64 [number of parameters, len(SUMS)], else None.
+        The sums where ``inputs.audit``: float64 [number of parameters, len(SUMS)], else None.
     """
-    return _STEPS[backend or "eager"](batch)
+    return _STEPS[backend](batch, inputs)
+
+
+def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor], backend: str) -> None:
+    """One in-place pass that reads all these tensors, equally long, and writes those of ``read_write`` back unchanged,
+    in the way in which a backend ("native" or "triton") steps. It is the floor of a step's time in benchmarks."""
+    {"native": native.null_step}[backend](read_write, read_only)

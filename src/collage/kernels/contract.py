@@ -13,8 +13,9 @@ The contract that makes backends bit-equal:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,32 +89,51 @@ class Hyper:
 
 @dataclass
 class Batch:
-    """One step over many tensors that share a device, a layout and dtypes.
+    """Tensors that are stepped together, sharing a device, a layout and dtypes: made once, stepped many times.
 
     Attributes:
         layout: their storages.
-        hyper: their hyper-parameters.
         arithmetic: "fp32" or "working".
         seed: of the random bits.
-        params: contiguous tensors, updated in place.
-        grads: contiguous tensors of the same shapes; read only.
+        params: contiguous tensors, updated in place; the local part of a sharded parameter.
         states: a dict of contiguous component tensors per parameter, updated in place.
-        steps: each parameter's step, from 1, this one included.
+        steps: float32 [number of parameters] on their device: steps taken so far. A backend counts its step in it.
         ordinals: each parameter's place in the optimizer.
-        grad_scale: what gradients have been multiplied with (a loss scale), or None.
-        audit: whether to return the sums.
+        firsts: the index of each tensor's first element within the whole parameter; 0 where it is not sharded.
+        kept: what a backend keeps between the steps of this batch, under its own name.
     """
 
     layout: Layout
-    hyper: Hyper
     arithmetic: str
     seed: int
     params: Sequence[Tensor]
-    grads: Sequence[Tensor]
     states: Sequence[dict[str, Tensor]]
-    steps: Sequence[int]
+    steps: Tensor
     ordinals: Sequence[int]
-    grad_scale: float | None = None
+    firsts: Sequence[int]
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Inputs:
+    """What is new in each step of a batch.
+
+    Attributes:
+        hyper: the hyper-parameters.
+        grads: contiguous tensors of the parameters' shapes, in their dtype or float32; read only.
+        lr: a tensor of one element on the batch's device that counts instead of ``hyper.lr``, for backends that need
+            not read it on the host; else None.
+        grad_scale: float32 tensor of one element: what gradients have been multiplied with (a loss scale), or None.
+        found_inf: float32 tensor of one element that is not 0 if the step is to be skipped, for backends that need not
+            read it on the host; else None.
+        audit: whether to return the sums.
+    """
+
+    hyper: Hyper
+    grads: Sequence[Tensor]
+    lr: Tensor | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
     audit: bool = False
 
 

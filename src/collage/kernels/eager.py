@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from collage.kernels.contract import DRAWS, SUMS, Batch, Layout, Scalars
+from collage.kernels.contract import DRAWS, SUMS, Batch, Inputs, Layout, Scalars
 from collage.numerics import (
     add_scalar,
     counter,
@@ -59,54 +59,58 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def step(batch: Batch) -> Tensor | None:
+def step(batch: Batch, inputs: Inputs) -> Tensor | None:
     """One AdamW step over all tensors of a batch, in place.
 
     Returns:
-        None, or for an audited batch a float64 tensor [number of parameters, len(SUMS)] on the batch's device.
+        None, or where ``inputs.audit`` a float64 tensor [number of parameters, len(SUMS)] on the batch's device.
     """
     rule = _working if batch.arithmetic == "working" else _fp32
     rows = []
-    for number in range(len(batch.params)):
+    for number, taken in enumerate(batch.steps.tolist()):
         row = batch.params[number].new_zeros(len(SUMS), dtype=torch.float64)
-        scalars = Scalars.of(batch.hyper, batch.steps[number], batch.arithmetic)
-        for parts, grad, start in _pieces(batch, number):
-            before = _snapshot(parts) if batch.audit else None
-            bits = _Draws(batch, number, start, grad)
-            gradient = _gradient(batch, grad)
-            squares = gradient.to(torch.float64) ** 2 if batch.audit else None
-            update = rule(batch.layout, scalars, parts, gradient, bits, batch.audit)
+        scalars = Scalars.of(inputs.hyper, int(taken) + 1, batch.arithmetic)
+        for parts, grad, start in _pieces(batch, inputs, number):
+            before = _snapshot(parts) if inputs.audit else None
+            bits = _Draws((batch.seed, batch.ordinals[number], int(taken) + 1), start, grad)
+            gradient = _gradient(inputs, grad)
+            squares = gradient.to(torch.float64) ** 2 if inputs.audit else None
+            update = rule(batch.layout, scalars, parts, gradient, bits, inputs.audit)
             if before is not None and squares is not None:
-                row += _sums(batch, parts, before, update, squares)
+                row += _sums(batch.layout, inputs.hyper.beta2, parts, before, update, squares)
         rows.append(row)
-    if not batch.audit:
+    batch.steps.add_(1.0)
+    if not inputs.audit:
         return None
     return torch.stack(rows) if rows else torch.zeros(0, len(SUMS), dtype=torch.float64)
 
 
-def _pieces(batch: Batch, number: int) -> Iterator[tuple[Parts, Tensor, int]]:
+def _pieces(batch: Batch, inputs: Inputs, number: int) -> Iterator[tuple[Parts, Tensor, int]]:
     """Flat pieces of one parameter's components and gradient, with the index of their first element."""
-    param, state = batch.params[number], batch.states[number]
+    param, state, first = batch.params[number], batch.states[number], batch.firsts[number]
     whole = {role: [t.view(-1) for t in batch.layout.parts(role, param, state)] for role, _ in batch.layout.roles}
-    grad = batch.grads[number].view(-1)
-    for start in range(0, param.numel(), CHUNK):
-        end = min(start + CHUNK, param.numel())
-        yield {role: [t[start:end] for t in tensors] for role, tensors in whole.items()}, grad[start:end], start
+    grad = inputs.grads[number].view(-1)
+    start = 0
+    while start < param.numel():
+        # Pieces end where the whole parameter's would, so that none straddles a boundary of the random keys.
+        end = min(start + CHUNK - (first + start) % CHUNK, param.numel())
+        yield {role: [t[start:end] for t in tensors] for role, tensors in whole.items()}, grad[start:end], first + start
+        start = end
 
 
-def _gradient(batch: Batch, grad: Tensor) -> Tensor:
+def _gradient(inputs: Inputs, grad: Tensor) -> Tensor:
     """The gradient as float32 in a buffer: unscaled, and turned round for maximisation."""
     gradient = _buffers.take("gradient", grad).copy_(grad)
-    if batch.grad_scale is not None:
-        gradient.div_(torch.tensor(batch.grad_scale, dtype=torch.float32, device=grad.device))
-    return gradient.neg_() if batch.hyper.maximize else gradient
+    if inputs.grad_scale is not None:
+        gradient.div_(inputs.grad_scale.to(grad.device, torch.float32))
+    return gradient.neg_() if inputs.hyper.maximize else gradient
 
 
 class _Draws:
     """Random bits of one piece; a word is made once and serves two draws."""
 
-    def __init__(self, batch: Batch, number: int, start: int, like: Tensor) -> None:
-        self._key = (batch.seed, batch.ordinals[number], batch.steps[number])
+    def __init__(self, key: tuple[int, int, int], start: int, like: Tensor) -> None:
+        self._key = key
         self._start = start
         self._like = like
         self._made: int | None = None
@@ -119,8 +123,8 @@ class _Draws:
         if self._made != wanted:
             keys = counter.keys(*self._key, wanted, self._start >> 32)
             low = self._start & 0xFFFFFFFF
-            # A piece starts at a multiple of its length: or-ing the start in is adding it, without an overflow.
-            torch.bitwise_or(_buffers.index(self._like), counter.as_int32(low), out=word)
+            # The sum wraps round in 32 bits, as an unsigned index does.
+            torch.add(_buffers.index(self._like), counter.as_int32(low), out=word)
             counter.words(word, keys, out=word, scratch=scratch)
             self._made = wanted
         return counter.draw(word, DRAWS[role], out=scratch)
@@ -172,15 +176,14 @@ def _snapshot(parts: Parts) -> Parts:
     return {role: [tensor.clone() for tensor in parts[role]] for role in ("param", "exp_avg_sq")}
 
 
-def _sums(batch: Batch, after: Parts, before: Parts, update: Tensor, squares: Tensor) -> Tensor:
+def _sums(layout: Layout, beta2: float, after: Parts, before: Parts, update: Tensor, squares: Tensor) -> Tensor:
     """One piece's row of :data:`SUMS`."""
     u = update.to(torch.float64)
-    moved = batch.layout.param.moved(after["param"], before["param"])
+    moved = layout.param.moved(after["param"], before["param"])
     moved_hi = after["param"][0].to(torch.float64) - before["param"][0].to(torch.float64)
-    v = batch.layout.exp_avg_sq.exact(before["exp_avg_sq"])
-    beta2 = batch.hyper.beta2
+    v = layout.exp_avg_sq.exact(before["exp_avg_sq"])
     decaying = (v > 0) & ((beta2 * v + (1.0 - beta2) * squares - v).abs() > 0)
-    moved_v = batch.layout.exp_avg_sq.moved(after["exp_avg_sq"], before["exp_avg_sq"])
+    moved_v = layout.exp_avg_sq.moved(after["exp_avg_sq"], before["exp_avg_sq"])
     wanted = u != 0
     return torch.stack(
         [

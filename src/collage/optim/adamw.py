@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -13,9 +14,10 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from collage import kernels
-from collage.kernels import Batch, Hyper, Layout
+from collage.kernels import Hyper, Inputs, Layout
 from collage.numerics import format_of
 from collage.optim import statedict
+from collage.optim.batches import Member, Plan, Together, local
 from collage.optim.lowprecision import take_full_value, warn_of_replaced
 from collage.optim.strategies import Strategy, resolve, strategies
 
@@ -49,19 +51,6 @@ class Observer(Protocol):
     def record(self, step: int, rows: Sequence[StepRow]) -> None:
         """Receives them."""
         ...
-
-
-@dataclass
-class _Member:
-    """A parameter that takes part in a step."""
-
-    group: int
-    ordinal: int
-    param: Tensor
-    grad: Tensor
-    name: str | None
-    layout: Layout
-    arithmetic: str
 
 
 class AdamW(Optimizer):
@@ -139,6 +128,7 @@ class AdamW(Optimizer):
             "differentiable": differentiable,
         }
         self._observers: list[Observer] = []
+        self._plan: Plan | None = None
         self._constructed = False
         super().__init__(params, defaults)
         # Only now: a group that is refused must leave the low parts of those before it for another attempt.
@@ -146,10 +136,19 @@ class AdamW(Optimizer):
         self._constructed = True
         warn_of_replaced()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Defaults, state and groups; each step count by itself, not as a view of all."""
+        kept = super().__getstate__()
+        state = {
+            param: {**entry, "step": entry["step"].clone()} if entry else entry for param, entry in self.state.items()
+        }
+        return {**kept, "state": defaultdict(dict, state)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores from a pickle, a deep copy or a loaded state dict; observers stay with the original."""
         super().__setstate__(state)
         self.__dict__.setdefault("_observers", [])
+        self._plan = None
         self.__dict__.setdefault("_constructed", True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -197,26 +196,61 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            _check_options(group)
+        plan, grads = self._plan_and_gradients()
+        on_device = all(each.backend == "triton" for each in plan.together)
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        if found_inf is not None and not on_device and bool(found_inf):
             return loss
-        members = self._members()
-        for member in members:
-            if not self.state[member.param]:
-                self._create_state(member.param, member.layout, member.ordinal)
-        members = [member for member in members if not self._only_creates_state(member)]
-        number = max((self._step_of(member.param) for member in members), default=0) + 1
-        observers = [observer for observer in self._observers if members and observer.wants(number)]
+        number = plan.number + 1
+        observers = [observer for observer in self._observers if plan.together and observer.wants(number)]
         rows: list[StepRow] = []
-        for batch, batch_members in self._batches(members, audit=bool(observers)):
-            sums = kernels.step(batch, self.param_groups[batch_members[0].group]["backend"])
+        for each, tensors in zip(plan.together, grads, strict=True):
+            inputs = self._inputs(each, tensors, found_inf if on_device else None, audit=bool(observers))
+            sums = kernels.step(each.batch, inputs, each.backend)
+            each.write_copies()
             if sums is not None:
-                rows += [StepRow(m.group, m.param, m.name, row) for m, row in zip(batch_members, sums, strict=True)]
+                rows += [
+                    StepRow(m.group, m.param, m.name, row)
+                    for m, row in zip(each.members, each.by_member(sums), strict=True)
+                ]
+        plan.number = number
         for observer in observers:
             observer.record(number, rows)
         return loss
 
-    def _members(self) -> list[_Member]:
+    def _plan_and_gradients(self) -> tuple[Plan, list[list[Tensor]]]:
+        """The batches of this step with their gradients: those of the step before if they still hold."""
+        plan = self._plan
+        grads = None if plan is None else plan.gradients(self)
+        if plan is None or grads is None or any(self._may_only_create_state(each) for each in plan.together):
+            members = self._members()
+            for member in members:
+                if not self.state[member.param]:
+                    self._create_state(member.param, member.layout, member.ordinal)
+            stepped = [member for member in members if not self._only_creates_state(member)]
+            plan = Plan(self, stepped)
+            grads = plan.fresh_gradients()
+            self._plan = plan if plan.lasts and len(stepped) == len(members) else None
+        assert grads is not None
+        return plan, grads
+
+    def _inputs(self, each: Together, grads: list[Tensor], found_inf: Tensor | None, audit: bool) -> Inputs:
+        group = self.param_groups[each.members[0].group]
+        lr = group["lr"]
+        on_device = each.backend == "triton" and isinstance(lr, Tensor) and lr.device.type != "cpu"
+        scale = getattr(self, "grad_scale", None)
+        return Inputs(
+            hyper=_hyper(group, lr=float("nan") if on_device else float(lr)),
+            grads=grads,
+            lr=lr if on_device else None,
+            grad_scale=None if scale is None else torch.as_tensor(scale, dtype=torch.float32),
+            found_inf=found_inf,
+            audit=audit,
+        )
+
+    def _members(self) -> list[Member]:
         """Every parameter that has a gradient, checked."""
         members = []
         ordinal = -1
@@ -232,51 +266,19 @@ class AdamW(Optimizer):
                 # A float32 parameter steps as plain float32 whatever the strategy and its arithmetic.
                 arithmetic = "fp32" if param.dtype == torch.float32 else group["arithmetic"]
                 _check_working_eps(group, param.dtype)
-                members.append(_Member(index, ordinal, param, param.grad, name, layout, arithmetic))
+                device = local(param).device
+                kernels.choose(layout, arithmetic, param.dtype, device, group["backend"])
+                members.append(Member(index, ordinal, param, name, layout, arithmetic))
         return members
 
-    def _batches(self, members: Iterable[_Member], audit: bool) -> Iterable[tuple[Batch, list[_Member]]]:
-        """Groups members into calls of a backend; after each call its steps are counted."""
-        batches: dict[tuple[Any, ...], list[_Member]] = {}
-        for m in members:
-            key = (m.group, m.param.device, m.layout, m.arithmetic, m.param.dtype, m.grad.dtype)
-            batches.setdefault(key, []).append(m)
-        for batch_members in batches.values():
-            group = self.param_groups[batch_members[0].group]
-            params = [m.param.detach().contiguous() for m in batch_members]
-            states = [self.state[m.param] for m in batch_members]
-            yield (
-                Batch(
-                    layout=batch_members[0].layout,
-                    hyper=_hyper(group),
-                    arithmetic=batch_members[0].arithmetic,
-                    seed=group["seed"],
-                    params=params,
-                    grads=[m.grad.detach().contiguous() for m in batch_members],
-                    states=states,
-                    steps=[self._step_of(m.param) + 1 for m in batch_members],
-                    ordinals=[int(state.get("ordinal", 0)) for state in states],
-                    grad_scale=self._grad_scale(),
-                    audit=audit,
-                ),
-                batch_members,
-            )
-            for m, param in zip(batch_members, params, strict=True):
-                if not m.param.is_contiguous():
-                    m.param.copy_(param)
-            for state in states:
-                state["step"] += 1
+    def _may_only_create_state(self, each: Together) -> bool:
+        lr = self.param_groups[each.members[0].group]["lr"]
+        return _known_on_host(lr) and float(lr) == 0 and bool((each.batch.steps == 0).any())
 
-    def _grad_scale(self) -> float | None:
-        scale = getattr(self, "grad_scale", None)
-        return None if scale is None else float(scale)
-
-    def _step_of(self, param: Tensor) -> int:
-        return int(self.state[param]["step"])
-
-    def _only_creates_state(self, member: _Member) -> bool:
-        lr = float(self.param_groups[member.group]["lr"])
-        return lr == 0 and self._step_of(member.param) == 0 and not bool(member.grad.any())
+    def _only_creates_state(self, member: Member) -> bool:
+        lr = self.param_groups[member.group]["lr"]
+        fresh = _known_on_host(lr) and float(lr) == 0 and int(self.state[member.param]["step"]) == 0
+        return fresh and member.param.grad is not None and not bool(local(member.param.grad).any())
 
     def _create_state(self, param: Tensor, layout: Layout, ordinal: int, value: Tensor | None = None) -> None:
         """Zero moments and a parameter that holds ``value`` (float32), or itself."""
@@ -348,6 +350,7 @@ class AdamW(Optimizer):
         """
         with statedict.exact_loading(self, statedict.check_strategies):
             super().load_state_dict(state_dict)
+        self._plan = None
 
 
 @cache
@@ -355,19 +358,25 @@ def _layout(strategy: Strategy, dtype: torch.dtype) -> Layout:
     return strategy.layout(dtype)
 
 
-def _hyper(group: dict[str, Any]) -> Hyper:
+def _hyper(group: dict[str, Any], lr: float) -> Hyper:
     beta1, beta2 = (float(beta) for beta in group["betas"])
-    return Hyper(
-        float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"]), bool(group["maximize"])
-    )
+    return Hyper(lr, beta1, beta2, float(group["eps"]), float(group["weight_decay"]), bool(group["maximize"]))
+
+
+def _known_on_host(value: float | Tensor) -> bool:
+    """Whether reading it costs no wait for a device."""
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
 
 
 def _check_hyper(group: dict[str, Any]) -> None:
-    """Raises ValueError for a hyper-parameter out of its range; nan is out of every range."""
+    """Raises ValueError for a hyper-parameter out of its range; nan is out of every range. A learning rate on a device
+    is not read: the host would wait for it in every step."""
     for name in ("lr", "eps", "weight_decay"):
         value = group[name]
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{name} as a tensor must have one element, got shape {tuple(value.shape)}")
+        if name == "lr" and not _known_on_host(value):
+            continue
         if not 0.0 <= float(value) < float("inf"):
             raise ValueError(f"{name} must be finite and >= 0, got {float(value)}")
     if len(group["betas"]) != 2:

@@ -1,0 +1,188 @@
+// The library's entry points: choice of the instruction set, and the work of a step cut up among threads.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+extern const collage_kernels collage_kernels_portable;
+#ifdef COLLAGE_X86
+extern const collage_kernels collage_kernels_avx2, collage_kernels_avx512;
+#endif
+
+namespace {
+
+struct Isa {
+    const char *name;
+    const collage_kernels *kernels;
+    bool (*runs)();
+};
+
+// Best first.
+const Isa ISAS[] = {
+#ifdef COLLAGE_X86
+    {"avx512", &collage_kernels_avx512,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+    {"avx2", &collage_kernels_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }},
+#endif
+    {"portable", &collage_kernels_portable, [] { return true; }},
+};
+
+// Elements per piece of work: some hundred microseconds, whose components fit the second-level cache.
+constexpr int64_t PIECE = 1 << 15;
+
+// numerics/counter.py: the finaliser of splitmix64.
+uint64_t mix(uint64_t z) {
+    z += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+void keys(uint32_t key[2], uint64_t seed, uint64_t ordinal, uint64_t step, uint64_t word, uint64_t high) {
+    uint64_t state = mix(seed);
+    const uint64_t parts[] = {ordinal, step, word, high};
+    for (uint64_t part : parts) state = mix(state ^ part);
+    state = mix(state);
+    key[0] = (uint32_t)state;
+    key[1] = (uint32_t)(state >> 32);
+}
+
+int64_t pieces_of(int64_t size) { return (size + PIECE - 1) / PIECE; }
+
+struct Work {
+    const collage_kernel *kernel;
+    const collage_job *job;
+    const int32_t *cells;
+    double *piece_sums;  // [piece][COLLAGE_SUMS], or null
+    int64_t pieces;
+    std::atomic<int64_t> next;
+};
+
+void run_range(const Work &w, int64_t tensor, int64_t start, int64_t end, double *sums) {
+    const collage_job &job = *w.job;
+    collage_range r;
+    r.scalars = &job.scalars[job.scalar_rows[tensor]];
+    r.scaled = job.scaled;
+    r.maximize = job.maximize;
+    r.special = job.scaled || job.maximize;
+    r.grad_scale = job.grad_scale;
+    r.beta2 = job.beta2;
+    r.sums = sums;
+    const int grad_cell = w.cells[w.kernel->parts];
+    while (start < end) {
+        uint64_t index = job.firsts[tensor] + (uint64_t)start;
+        uint64_t left = (1ull << 32) - (uint32_t)index;
+        r.count = (uint64_t)(end - start) < left ? end - start : (int64_t)left;
+        r.index = (uint32_t)index;
+        if (w.kernel->draws)
+            keys(r.key, job.seed, (uint64_t)job.ordinals[tensor], (uint64_t)job.steps[tensor], 0, index >> 32);
+        for (int c = 0; c < w.kernel->parts; c++) {
+            r.cell[c] = w.cells[c];
+            r.part[c] = (char *)job.parts[c * job.count + tensor] + start * w.cells[c];
+        }
+        r.grad = (const char *)job.grads[tensor] + start * grad_cell;
+        (sums ? w.kernel->audit : w.kernel->run)(r);
+        start += r.count;
+    }
+}
+
+// What each thread does: takes pieces in order until none is left.
+void take_pieces(void *data) {
+    Work &w = *(Work *)data;
+    int64_t tensor = 0, before = 0;  // pieces of the tensors before this one
+    for (;;) {
+        int64_t piece = w.next.fetch_add(1, std::memory_order_relaxed);
+        if (piece >= w.pieces) return;
+        while (piece - before >= pieces_of(w.job->sizes[tensor])) before += pieces_of(w.job->sizes[tensor++]);
+        int64_t start = (piece - before) * PIECE, size = w.job->sizes[tensor];
+        int64_t end = start + PIECE < size ? start + PIECE : size;
+        run_range(w, tensor, start, end, w.piece_sums ? w.piece_sums + piece * COLLAGE_SUMS : nullptr);
+    }
+}
+
+void add_up(const Work &w) {
+    const double *piece = w.piece_sums;
+    for (int64_t tensor = 0; tensor < w.job->count; tensor++) {
+        double *sums = w.job->sums + tensor * COLLAGE_SUMS;
+        for (int k = 0; k < COLLAGE_SUMS; k++) sums[k] = 0.0;
+        for (int64_t n = pieces_of(w.job->sizes[tensor]); n > 0; n--, piece += COLLAGE_SUMS)
+            for (int k = 0; k < COLLAGE_SUMS; k++) sums[k] += piece[k];
+    }
+}
+
+struct NullWork {
+    void (*null)(const collage_streams &, int64_t, int64_t);
+    const collage_streams *streams;
+    int64_t elements;
+    std::atomic<int64_t> next;
+};
+
+void take_null_pieces(void *data) {
+    NullWork &w = *(NullWork *)data;
+    for (;;) {
+        int64_t start = w.next.fetch_add(PIECE, std::memory_order_relaxed);
+        if (start >= w.elements) return;
+        w.null(*w.streams, start, start + PIECE < w.elements ? start + PIECE : w.elements);
+    }
+}
+
+const collage_kernels *kernels_of(const char *isa_name) {
+    for (const Isa &isa : ISAS)
+        if (!strcmp(isa.name, isa_name)) return isa.kernels;
+    return nullptr;
+}
+
+void run_on(int threads, void (*parallel)(void (*)(void *), void *, unsigned, unsigned), void (*act)(void *), void *data) {
+    if (parallel && threads > 1)
+        parallel(act, data, (unsigned)threads, 0);
+    else
+        act(data);
+}
+
+}  // namespace
+
+// Number of instruction sets that run here, best first; `names` receives them.
+EXPORT int collage_isas(const char **names, int room) {
+    int found = 0;
+    for (const Isa &isa : ISAS)
+        if (isa.runs() && found < room) names[found++] = isa.name;
+    return found;
+}
+
+// The place of a kernel in an instruction set's table, or -1.
+EXPORT int collage_find(const char *isa, const char *name) {
+    const collage_kernels *kernels = kernels_of(isa);
+    for (int k = 0; kernels && k < kernels->count; k++)
+        if (!strcmp(kernels->table[k].name, name)) return k;
+    return -1;
+}
+
+// One step. `cells`: bytes of an element of each component and, last, of the gradient. Returns 0, or 1 where no memory
+// was left for an audit's sums; nothing has changed then.
+EXPORT int collage_step(const char *isa, int kernel, const int32_t *cells, const collage_job *job) {
+    Work work{&kernels_of(isa)->table[kernel], job, cells, nullptr, 0, {0}};
+    for (int64_t tensor = 0; tensor < job->count; tensor++) work.pieces += pieces_of(job->sizes[tensor]);
+    if (job->sums) {
+        work.piece_sums = (double *)calloc(work.pieces * COLLAGE_SUMS + 1, sizeof(double));
+        if (!work.piece_sums) return 1;
+    }
+    run_on(work.pieces > 1 ? job->threads : 1, job->parallel, take_pieces, &work);
+    if (job->sums) add_up(work);
+    free(work.piece_sums);
+    return 0;
+}
+
+// Reads `count` streams of `elements` each and writes the first `written` back unchanged. `zero` is 0.
+EXPORT void collage_null(const char *isa, char *const *streams, const int32_t *cells, int written, int count,
+                         int64_t elements, uint64_t zero, int threads,
+                         void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
+    collage_streams all{streams, cells, written, count, zero};
+    NullWork work{kernels_of(isa)->null, &all, elements, {0}};
+    run_on(threads, parallel, take_null_pieces, &work);
+}

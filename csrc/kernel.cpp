@@ -1,0 +1,242 @@
+// The step over one range of a tensor, compiled once for each instruction set. kernels/eager.py is the definition.
+#include "kernel.h"
+
+#include "storages.h"
+
+#ifndef COLLAGE_ISA
+#error "COLLAGE_ISA names the instruction set"
+#endif
+
+namespace {
+
+// numerics/counter.py: the word of each element from the low half of its index and the stream's two keys.
+INLINE U random_words(U index, const uint32_t key[2]) {
+    U x = index ^ key[0];
+    x ^= x >> 17;
+    x *= 0xed5ad4bbu;
+    x ^= x >> 11;
+    x += key[1];
+    x *= 0xac4c1b51u;
+    x ^= x >> 15;
+    x *= 0x31848babu;
+    x ^= x >> 14;
+    return x;
+}
+
+// Elements of a unit.
+constexpr int UNIT = 2 * W;
+
+template <Order order> INLINE U lanes_from(uint32_t first, bool second) {
+    U index;
+    for (int i = 0; i < W; i++)
+        index[i] = first + (uint32_t)(order == interleaved ? 2 * i + second : i + (second ? W : 0));
+    return index;
+}
+
+// P, M, V: storages of the parameter and its moments; G: the gradient's format.
+template <class Low, class P, class M, class V, class G> struct Step {
+    static constexpr int parts = P::parts + M::parts + V::parts;
+    static constexpr bool guarded = P::guarded || M::guarded || V::guarded;
+    static constexpr bool all_interleaved = P::order == interleaved && M::order == interleaved &&
+                                            V::order == interleaved && G::order == interleaved;
+    static constexpr Order order = all_interleaved ? interleaved : sequential;
+
+    // p, m, v: the new values. hi, lo: the parameter's components as loaded.
+    template <bool careful>
+    INLINE void store(void *const *part, int64_t i, Pair p, Pair m, Pair v, Pair hi, Pair lo, Pair update, Draws p_bits,
+                      Draws v_bits) {
+        M::template store<order, careful>(part + P::parts, i, m.a, m.b, Pair{}, Pair{}, Pair{}, Draws{});
+        V::template store<order, careful>(part + P::parts + M::parts, i, v.a, v.b, Pair{}, Pair{}, Pair{}, v_bits);
+        P::template store<order, careful>(part, i, p.a, p.b, hi, lo, update, p_bits);
+    }
+
+    // Out of line and on copies, so that the usual path keeps everything in registers.
+    static __attribute__((noinline, cold)) void store_unusual(void *const *part, int64_t i, const Pair *x,
+                                                              const Draws *bits) {
+        store<true>(part, i, x[0], x[1], x[2], x[3], x[4], x[5], bits[0], bits[1]);
+    }
+
+    INLINE void gradient(const collage_range &r, int64_t i, F &a, F &b) {
+        G::template load<order>(r.grad, i, a, b);
+        if (__builtin_expect(r.special, 0)) {
+            if (r.scaled) a = a / splat(r.grad_scale), b = b / splat(r.grad_scale);
+            if (r.maximize) a = -a, b = -b;
+        }
+    }
+
+    // The rule on one vector: p, m, v become the new values. Returns the update.
+    INLINE F rule(const collage_scalars &k, F g, F &p, F &m, F &v) {
+        m = m * k.beta1 + g * k.one_minus_beta1;
+        v = v * k.beta2 + g * g * k.one_minus_beta2;
+        F divisor = square_root(v) * k.inverse_bias_correction2_sqrt + k.eps;
+        F update = m * k.step_size / divisor;
+        if (k.decay != 0.0f) update = update - p * k.decay;
+        p = p + update;
+        return update;
+    }
+
+    // One unit, from element i on. `index`: of its elements, the low 32 bits.
+    INLINE void advance(const collage_range &r, void *const *part, Pair g, int64_t i, Draws index, Pair *intended) {
+        Pair hi{}, lo{}, other_hi, other_lo, p, m, v, update;
+        P::template load<order>(part, i, p.a, p.b, hi, lo);
+        M::template load<order>(part + P::parts, i, m.a, m.b, other_hi, other_lo);
+        V::template load<order>(part + P::parts + M::parts, i, v.a, v.b, other_hi, other_lo);
+        update.a = rule(*r.scalars, g.a, p.a, m.a, v.a);
+        update.b = rule(*r.scalars, g.b, p.b, m.b, v.b);
+        if (intended) *intended = update;
+        Draws p_bits{}, v_bits{};
+        if constexpr (P::draws || V::draws) {
+            U word = random_words(index.a, r.key);
+            p_bits.a = word & 0xffffu;
+            v_bits.a = word >> 16;
+            word = random_words(index.b, r.key);
+            p_bits.b = word & 0xffffu;
+            v_bits.b = word >> 16;
+        }
+        if constexpr (guarded) {
+            Usual<Low> usual;
+            if constexpr (P::guarded) usual.see(p.a), usual.see(p.b);
+            if constexpr (M::guarded) usual.see(m.a), usual.see(m.b);
+            if constexpr (V::guarded) usual.see(v.a), usual.see(v.b);
+            if (__builtin_expect(!usual.all(), 0)) {
+                const Pair values[] = {p, m, v, hi, lo, update};
+                const Draws bits[] = {p_bits, v_bits};
+                return store_unusual(part, i, values, bits);
+            }
+        }
+        store<!guarded>(part, i, p, m, v, hi, lo, update, p_bits, v_bits);
+    }
+
+    // Elements that do not fill a unit, on copies.
+    template <class Do> static void padded(const collage_range &r, int64_t i, int64_t count, Do &&act) {
+        alignas(64) char cells[parts + 1][4 * UNIT] = {};
+        void *copies[parts];
+        for (int c = 0; c < parts; c++) {
+            copies[c] = cells[c];
+            memcpy(cells[c], (char *)r.part[c] + i * r.cell[c], count * r.cell[c]);
+        }
+        memcpy(cells[parts], (const char *)r.grad + i * sizeof(typename G::Cell), count * sizeof(typename G::Cell));
+        collage_range copy = r;
+        copy.grad = cells[parts];
+        act(copy, (void *const *)copies);
+        for (int c = 0; c < parts; c++) memcpy((char *)r.part[c] + i * r.cell[c], cells[c], count * r.cell[c]);
+    }
+
+    static void run(const collage_range &r) {
+        Draws index{lanes_from<order>(r.index, false), lanes_from<order>(r.index, true)};
+        void *part[parts];
+        for (int c = 0; c < parts; c++) part[c] = r.part[c];
+        int64_t i = 0;
+        for (; i + UNIT <= r.count; i += UNIT) {
+            Pair g;
+            gradient(r, i, g.a, g.b);
+            advance(r, part, g, i, index, nullptr);
+            index.a += (uint32_t)UNIT;
+            index.b += (uint32_t)UNIT;
+        }
+        if (i < r.count)
+            padded(r, i, r.count - i, [&](const collage_range &copy, void *const *copies) {
+                Pair g;
+                gradient(copy, 0, g.a, g.b);
+                advance(copy, copies, g, 0, index, nullptr);
+            });
+    }
+
+    // The same, and the sums of kernels/contract.py from the values that the very step has.
+    static void audit(const collage_range &r) {
+        for (int64_t i = 0; i < r.count; i += UNIT) {
+            int count = (int)(r.count - i < UNIT ? r.count - i : UNIT);
+            padded(r, i, count, [&](const collage_range &copy, void *const *part) {
+                alignas(64) char before[parts][4 * UNIT];
+                const void *then[parts];
+                for (int c = 0; c < parts; c++) then[c] = memcpy(before[c], part[c], sizeof before[c]);
+                uint32_t first = r.index + (uint32_t)i;
+                Pair g, u;
+                gradient(copy, 0, g.a, g.b);
+                advance(copy, part, g, 0, {lanes_from<order>(first, false), lanes_from<order>(first, true)}, &u);
+                for (int k = 0; k < count; k++) {
+                    bool in_b = order == interleaved ? k % 2 : k >= W;
+                    int lane = order == interleaved ? k / 2 : k % W;
+                    add_sums(r, part, then, k, (in_b ? u.b : u.a)[lane], (in_b ? g.b : g.a)[lane]);
+                }
+            });
+        }
+    }
+
+    static void add_sums(const collage_range &r, const void *const *now, const void *const *then, int i, double u,
+                         double g) {
+        constexpr int square = P::parts + M::parts;
+        double moved = P::moved(now, then, i), moved_hi = Low::number(now[0], i) - Low::number(then[0], i);
+        double v = V::exact(then + square, i), moved_v = V::moved(now + square, then + square, i);
+        double decay = r.beta2 * v + (1.0 - r.beta2) * (g * g) - v;
+        bool decaying = v > 0.0 && (decay > 0.0 || decay < 0.0);
+        double *sums = r.sums;
+        sums[0] += moved * u;
+        sums[1] += moved_hi * u;
+        sums[2] += u * u;
+        sums[3] += u != 0.0;
+        sums[4] += u != 0.0 && moved == 0.0;
+        sums[5] += u != 0.0 && moved_hi == 0.0;
+        sums[6] += decaying;
+        sums[7] += decaying && moved_v == 0.0;
+    }
+};
+
+template <class Low, class G, class P, class M, class V> constexpr collage_kernel entry(const char *name) {
+    typedef Step<Low, P, M, V, G> S;
+    return {name, S::parts, P::draws || V::draws, S::run, S::audit};
+}
+
+// One row per layout: the storages of param, exp_avg, exp_avg_sq.
+#define LAYOUTS(LOW, GRAD, low, grad)                                                                              \
+    ROW(LOW, GRAD, low "/nearest/nearest/nearest/" grad, RN(LOW), RN(LOW), RN(LOW)),                               \
+    ROW(LOW, GRAD, low "/stochastic/nearest/nearest/" grad, SR(LOW), RN(LOW), RN(LOW)),                            \
+    ROW(LOW, GRAD, low "/kahan/nearest/nearest/" grad, KH(LOW), RN(LOW), RN(LOW)),                                 \
+    ROW(LOW, GRAD, low "/expansion/nearest/nearest/" grad, EN(LOW), RN(LOW), RN(LOW)),                             \
+    ROW(LOW, GRAD, low "/expansion/nearest/expansion/" grad, EN(LOW), RN(LOW), EN(LOW)),                           \
+    ROW(LOW, GRAD, low "/expansion-stochastic/nearest/nearest/" grad, ES(LOW), RN(LOW), RN(LOW)),                  \
+    ROW(LOW, GRAD, low "/expansion-stochastic/nearest/expansion-stochastic/" grad, ES(LOW), RN(LOW), ES(LOW)),     \
+    ROW(LOW, GRAD, low "/nearest/fp32/fp32/" grad, RN(LOW), RN(Fp32), RN(Fp32)),                                   \
+    ROW(LOW, GRAD, low "/master/fp32/fp32/" grad, MS(LOW), RN(Fp32), RN(Fp32))
+#define ROW(LOW, GRAD, name, ...) entry<LOW, GRAD, __VA_ARGS__>(name)
+#define RN(X) Rounded<X, false>
+#define SR(X) Rounded<X, true>
+#define KH(X) Kahan<X>
+#define EN(X) Expansion<X, false>
+#define ES(X) Expansion<X, true>
+#define MS(X) Master<X>
+
+const collage_kernel KERNELS[] = {
+    LAYOUTS(Bf16, Bf16, "bf16", "own"),
+    LAYOUTS(Bf16, Fp32, "bf16", "fp32"),
+    LAYOUTS(Fp16, Fp16, "fp16", "own"),
+    LAYOUTS(Fp16, Fp32, "fp16", "fp32"),
+    ROW(Fp32, Fp32, "fp32/nearest/nearest/nearest/own", RN(Fp32), RN(Fp32), RN(Fp32)),
+};
+
+}  // namespace
+
+// The floor of a step's time: its memory traffic and nothing else.
+static void null_range(const collage_streams &s, int64_t start, int64_t end) {
+    constexpr int64_t BLOCK = 256;
+    U zero = splat((uint32_t)s.zero), seen = zero;
+    for (int64_t from = start; from < end; from += BLOCK) {
+        int64_t count = end - from < BLOCK ? end - from : BLOCK;
+        for (int k = s.count - 1; k >= 0; k--) {
+            char *at = s.stream[k] + from * s.cell[k];
+            int64_t bytes = count * s.cell[k], i = 0;
+            // The rest of a stream's last block is left out.
+            for (; i + (int64_t)sizeof(U) <= bytes; i += sizeof(U)) {
+                if (k < s.written)
+                    store(at + i, load<U>(at + i) ^ (seen & zero));
+                else
+                    seen ^= load<U>(at + i);
+            }
+        }
+    }
+}
+
+#define JOIN2(a, b) a##b
+#define JOIN(a, b) JOIN2(a, b)
+extern const collage_kernels JOIN(collage_kernels_, COLLAGE_ISA);
+const collage_kernels JOIN(collage_kernels_, COLLAGE_ISA) = {KERNELS, (int)(sizeof KERNELS / sizeof *KERNELS), null_range};

@@ -1,0 +1,42 @@
+// Between the driver, which cuts work up, and the kernels, which each instruction set has of its own.
+#pragma once
+
+#include "job.h"
+
+// A range of one tensor, in which element indices do not pass a multiple of 2^32.
+struct collage_range {
+    void *part[COLLAGE_MAX_PARTS];
+    int32_t cell[COLLAGE_MAX_PARTS];  // bytes of an element of each
+    const void *grad;
+    int64_t count;
+    uint32_t index;   // of the first element, low half
+    uint32_t key[2];  // of the random words of param and exp_avg_sq
+    const collage_scalars *scalars;
+    bool special;  // scaled or maximize
+    bool scaled, maximize;
+    float grad_scale;
+    double beta2;
+    double *sums;
+};
+
+struct collage_kernel {
+    const char *name;
+    int parts;
+    bool draws;
+    void (*run)(const collage_range &);
+    void (*audit)(const collage_range &);
+};
+
+// Elements [start, end) of streams that are all read, the first `written` of them written back unchanged.
+struct collage_streams {
+    char *const *stream;
+    const int32_t *cell;  // bytes of an element of each
+    int written, count;
+    uint64_t zero;  // 0, which the compiler does not know
+};
+
+struct collage_kernels {
+    const collage_kernel *table;
+    int count;
+    void (*null)(const collage_streams &, int64_t start, int64_t end);
+};

@@ -1,0 +1,249 @@
+"""The step on CPUs: the library built from csrc/, called through ctypes, on torch's own threads.
+
+The library knows nothing of torch or Python: it gets addresses. One file of it serves every Python and every torch, and
+holds its kernels once for each instruction set; the best one that the processor has is taken.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from collage.kernels.contract import ROLES, SUMS, Batch, Inputs, Layout, Scalars
+from collage.numerics import FP32, format_of
+from collage.storage import Expansion, Kahan, Master, Rounded, Storage
+
+# The columns of a row of scalars in csrc/job.h.
+_SCALARS = tuple(field.name for field in fields(Scalars) if field.name != "bias_correction2_sqrt")
+# Runtimes of OpenMP that torch may have loaded; each has the entry point that compilers call.
+_RUNTIMES = ("libgomp.so.1", "libiomp5.so", "libomp.so", "libomp.so.5")
+
+
+class _Job(ctypes.Structure):
+    """``collage_job`` of csrc/job.h."""
+
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        ("sizes", ctypes.c_void_p),
+        ("firsts", ctypes.c_void_p),
+        ("ordinals", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("scalar_rows", ctypes.c_void_p),
+        ("scalars", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
+        ("grads", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("beta2", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        ("grad_scale", ctypes.c_float),
+        ("scaled", ctypes.c_int32),
+        ("maximize", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("parallel", ctypes.c_void_p),
+    ]
+
+
+@dataclass
+class _Library:
+    """The loaded library, or why there is none."""
+
+    handle: ctypes.CDLL | None = None
+    missing: str = ""
+    isas: tuple[str, ...] = ()
+    isa: str = ""
+
+
+def _find() -> Path | None:
+    """The library beside this package; an editable install keeps it in a second folder of the package's path."""
+    package = sys.modules[__package__ or "collage.kernels"]
+    found = (Path(folder) / "_native.so" for folder in package.__path__)
+    return next((path for path in found if path.is_file()), None)
+
+
+@cache
+def _library() -> _Library:
+    path = _find()
+    if path is None:
+        return _Library(
+            missing="it was not built when torch-collage was installed, for want of a C++ compiler; install GCC or "
+            "Clang, then torch-collage again from its sources"
+        )
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        return _Library(missing=f"its library cannot be loaded: {error}")
+    names = (ctypes.c_char_p * 8)()
+    isas = tuple(name.decode() for name in names[: handle.collage_isas(names, len(names))] if name)
+    handle.collage_null.argtypes = [
+        *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+        *(ctypes.c_int64, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p),
+    ]
+    return _Library(handle, isas=isas, isa=isas[0])
+
+
+def unavailable() -> str:
+    """Why the backend cannot run here, in plain words; empty if it can."""
+    return _library().missing
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of the library that this processor has, best first; empty without the library."""
+    return _library().isas
+
+
+@contextmanager
+def using(isa: str) -> Iterator[None]:
+    """Within it the kernels of one of :func:`instruction_sets` run, in place of the best. For tests and benchmarks."""
+    library = _library()
+    if isa not in library.isas:
+        raise ValueError(f"isa must be one of {', '.join(library.isas) or '(none here)'}, got {isa!r}")
+    before, library.isa = library.isa, isa
+    try:
+        yield
+    finally:
+        library.isa = before
+
+
+def serves(layout: Layout, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for this layout with parameters of ``dtype``."""
+    return unavailable() == "" and _kernel(layout, dtype, dtype) is not None
+
+
+def _kernel(layout: Layout, dtype: torch.dtype, grad: torch.dtype) -> int | None:
+    """Its place in the library's tables, which are alike for every instruction set."""
+    names = [_storage_name(storage, dtype) for _, storage in layout.roles]
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32) or None in names:
+        return None
+    name = "/".join([format_of(dtype).name, *map(str, names), "own" if grad == dtype else "fp32"])
+    library = _library()
+    if library.handle is None:
+        return None
+    place = library.handle.collage_find(library.isa.encode(), name.encode())
+    return place if place >= 0 else None
+
+
+def _storage_name(storage: Storage, dtype: torch.dtype) -> str | None:
+    """What csrc/kernel.cpp calls a storage, or None if it has none of the kind."""
+    own = storage.format_for(dtype).dtype == dtype
+    suffix = "-stochastic" if storage.stochastic else ""
+    if isinstance(storage, Rounded):
+        if own:
+            return "stochastic" if suffix else "nearest"
+        return "fp32" if storage.format_for(dtype) == FP32 and not suffix else None
+    if isinstance(storage, Expansion) and storage.n == 2 and own:
+        return f"expansion{suffix}"
+    if isinstance(storage, Kahan | Master) and own:
+        return type(storage).__name__.lower()
+    return None
+
+
+class _Prepared:
+    """What stays the same from step to step of a batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        dtype = batch.params[0].dtype
+        columns: list[list[Tensor]] = []
+        for role in ROLES:
+            parts = [batch.layout.parts(role, p, s) for p, s in zip(batch.params, batch.states, strict=True)]
+            columns += [list(column) for column in zip(*parts, strict=True)]
+        self.dtype = dtype
+        self.cells = [column[0].element_size() for column in columns]
+        self.parts = array("Q", (tensor.data_ptr() for column in columns for tensor in column))
+        self.sizes = array("q", map(Tensor.numel, batch.params))
+        self.firsts = array("Q", batch.firsts)
+        self.ordinals = array("q", batch.ordinals)
+
+
+def step(batch: Batch, inputs: Inputs) -> Tensor | None:
+    """One AdamW step over all tensors of a batch, in place: :func:`collage.kernels.eager.step`, bit for bit.
+
+    Raises:
+        MemoryError: no memory for the sums of an audited step; nothing has changed.
+    """
+    library = _library()
+    assert library.handle is not None
+    count = len(batch.params)
+    sums = torch.zeros(count, len(SUMS), dtype=torch.float64) if inputs.audit else None
+    if count == 0:
+        return sums
+    kept: _Prepared = batch.kept.get("native") or batch.kept.setdefault("native", _Prepared(batch))
+    grad_dtype = inputs.grads[0].dtype
+    kernel = _kernel(batch.layout, kept.dtype, grad_dtype)
+    assert kernel is not None
+    cells = array("i", [*kept.cells, grad_dtype.itemsize])
+    grads = array("Q", map(Tensor.data_ptr, inputs.grads))
+    numbers = batch.steps.to(torch.int64).add_(1)
+    distinct, rows = torch.unique(numbers, return_inverse=True)
+    scalars = array("f")
+    for number in distinct.tolist():
+        values = Scalars.of(inputs.hyper, number, "fp32")
+        scalars.extend(getattr(values, name) for name in _SCALARS)
+    job = _Job(
+        count=count,
+        sizes=_address(kept.sizes),
+        firsts=_address(kept.firsts),
+        ordinals=_address(kept.ordinals),
+        steps=numbers.data_ptr(),
+        scalar_rows=rows.data_ptr(),
+        scalars=_address(scalars),
+        parts=_address(kept.parts),
+        grads=_address(grads),
+        sums=None if sums is None else sums.data_ptr(),
+        beta2=inputs.hyper.beta2,
+        seed=batch.seed & (2**64 - 1),
+        grad_scale=1.0 if inputs.grad_scale is None else float(inputs.grad_scale),
+        scaled=inputs.grad_scale is not None,
+        maximize=inputs.hyper.maximize,
+        threads=torch.get_num_threads(),
+        parallel=_parallel(),
+    )
+    if library.handle.collage_step(library.isa.encode(), kernel, _pointer(cells), ctypes.byref(job)):
+        raise MemoryError("no memory for the sums of an audited step; nothing has changed")
+    batch.steps.add_(1.0)
+    return sums
+
+
+def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor]) -> None:
+    """Reads every tensor once and writes those of ``read_write`` back unchanged, all in one pass: the time that the
+    memory traffic of a step takes by itself. Contiguous CPU tensors with equally many elements."""
+    library = _library()
+    if library.handle is None:
+        raise RuntimeError(f"the native kernels cannot run here: {library.missing}")
+    tensors = [*read_write, *read_only]
+    streams = array("Q", map(Tensor.data_ptr, tensors))
+    cells = array("i", (tensor.element_size() for tensor in tensors))
+    library.handle.collage_null(
+        *(library.isa.encode(), _address(streams), _address(cells), len(read_write), len(tensors)),
+        *(tensors[0].numel(), 0, torch.get_num_threads(), _parallel()),
+    )
+
+
+def _address(values: array[int] | array[float]) -> int:
+    return values.buffer_info()[0]
+
+
+def _pointer(values: array[int]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(_address(values))
+
+
+@cache
+def _parallel() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded, so that its threads serve; else None,
+    and the calling thread does the work. A second pool would fight torch's, whose idle threads spin for a while."""
+    for name in (None, *_RUNTIMES):
+        try:
+            runtime = ctypes.CDLL(name, mode=os.RTLD_NOW | getattr(os, "RTLD_NOLOAD", 0)) if name else ctypes.CDLL(None)
+            return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+        except (AttributeError, OSError):
+            continue
+    return None

@@ -1,0 +1,237 @@
+"""Which tensors are stepped together. Found once, and found again only when a tensor moved or an option changed: for
+thousands of small tensors a step has no time for more than a look at their addresses.
+
+A sharded parameter (DTensor) steps on its local part. That part is one run of the whole parameter's elements where it
+is sharded along its first dimension, and several otherwise; each run is a tensor of the batch by itself, so that random
+bits are those of the whole parameter, whatever the sharding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collage import kernels
+from collage.kernels import Batch, Layout
+
+_grad_of = attrgetter("grad")
+_dtype_of = attrgetter("dtype")
+_shape_of = attrgetter("shape")
+_on_cpu = attrgetter("is_cpu")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter that takes part in a step."""
+
+    group: int
+    ordinal: int
+    param: Tensor
+    name: str | None
+    layout: Layout
+    arithmetic: str
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. Whoever has one has loaded the module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Tensor:
+    """The part of a tensor that is here; the tensor itself unless it is sharded. Not a copy outside gradient mode."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def runs(param: Any) -> list[tuple[int, int, int]]:
+    """A parameter's local elements as (index of the first within the whole parameter, start, end) of each run."""
+    if not is_sharded(param):
+        return [(0, 0, param.numel())]
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    if prod(shape) == 0:
+        return [(0, 0, 0)]
+    # Trailing dimensions that are whole are part of one run.
+    split = max((dim for dim in range(len(shape)) if shape[dim] != param.shape[dim]), default=0)
+    strides = [prod(param.shape[dim + 1 :]) for dim in range(len(shape))]
+    length = prod(shape[split:])
+    outer = [range(begin, begin + size) for begin, size in zip(offset[:split], shape[:split], strict=True)]
+    base = offset[split] * strides[split] if shape else 0
+    firsts = [base]
+    for indices, stride in zip(outer, strides, strict=False):
+        firsts = [first + index * stride for first in firsts for index in indices]
+    # Row-major order of the outer dimensions is the order of the local part.
+    return [(first, i * length, (i + 1) * length) for i, first in enumerate(firsts)]
+
+
+class Together:
+    """Members with one batch of the kernels.
+
+    Attributes:
+        members: the parameters.
+        batch: what the backend steps.
+        backend: its name.
+        owners: for each tensor of the batch the member it belongs to; None where it is one for one.
+    """
+
+    def __init__(
+        self, members: list[Member], options: dict[str, Any], states: list[dict[str, Tensor]], grad_dtype: torch.dtype
+    ) -> None:
+        first = members[0]
+        self.members = members
+        self.grad_dtype = grad_dtype
+        self.sharded = any(is_sharded(m.param) for m in members)
+        self.params = [m.param for m in members]
+        self._states = states
+        names = ("step", *first.layout.state_names(first.param.dtype))
+        self._state_tensors = itemgetter(*names)
+        pieces = [(owner, *run) for owner, m in enumerate(members) for run in runs(m.param)]
+        self.owners = None if len(pieces) == len(members) else [owner for owner, *_ in pieces]
+        self._slices = [(owner, begin, end) for owner, _, begin, end in pieces] if self.owners else None
+        whole = [local(m.param.detach()).contiguous() for m in members]
+        self.copies = [
+            (local(m.param), copy) for m, copy in zip(members, whole, strict=True) if not local(m.param).is_contiguous()
+        ]
+        device = local(first.param).device
+        self.backend = kernels.choose(first.layout, first.arithmetic, first.param.dtype, device, options["backend"])
+        self.batch = Batch(
+            layout=first.layout,
+            arithmetic=first.arithmetic,
+            seed=options["seed"],
+            params=self.cut(whole),
+            states=self._cut_states(names),
+            steps=self._join_steps(states, device),
+            ordinals=[m.ordinal if "ordinal" not in states[o] else int(states[o]["ordinal"]) for o, m in self._owned()],
+            firsts=[index for _, index, _, _ in pieces],
+        )
+        self._device = device
+        self._shapes = list(map(_shape_of, map(local, self.params)))
+        self._addresses = self._look()
+
+    def write_copies(self) -> None:
+        """Brings what was stepped on copies back to parameters that are not contiguous."""
+        for param, copy in self.copies:
+            param.copy_(copy)
+
+    def by_member(self, sums: Tensor) -> Tensor:
+        """A row per member from a row per tensor of the batch."""
+        if self.owners is None:
+            return sums
+        rows = sums.new_zeros(len(self.members), sums.shape[1])
+        return rows.index_add_(0, torch.tensor(self.owners, device=sums.device), sums)
+
+    def _owned(self) -> Iterator[tuple[int, Member]]:
+        owners = range(len(self.members)) if self.owners is None else self.owners
+        return ((owner, self.members[owner]) for owner in owners)
+
+    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The runs of the members' local tensors."""
+        if self._slices is None:
+            return list(tensors)
+        return [tensors[owner].view(-1)[begin:end] for owner, begin, end in self._slices]
+
+    def _cut_states(self, names: tuple[str, ...]) -> list[dict[str, Tensor]]:
+        columns = [self.cut([local(state[name]) for state in self._states]) for name in names[1:]]
+        return [dict(zip(names[1:], row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def _join_steps(self, states: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """One tensor for the step counts of all, so that one operation counts them; each state has its view."""
+        # A tensor made in inference mode could not be counted up outside of it.
+        with torch.inference_mode(False):
+            counts = torch.tensor([float(states[owner]["step"]) for owner, _ in self._owned()], dtype=torch.float32)
+            counts = counts.to(device if self.backend == "triton" else "cpu")
+        for place, (owner, _) in reversed(list(enumerate(self._owned()))):
+            states[owner]["step"] = counts[place]
+        return counts
+
+    def _look(self) -> list[int]:
+        tensors: Iterator[Any] = chain(self.params, chain.from_iterable(map(self._state_tensors, self._states)))
+        return list(map(Tensor.data_ptr, map(local, tensors) if self.sharded else tensors))
+
+    def gradients(self) -> list[Tensor] | None:
+        """The gradients for the batch, or None if anything has changed since it was made."""
+        grads: list[Any] = list(map(_grad_of, self.params))
+        try:
+            if self._look() != self._addresses:
+                return None
+            if self.sharded:
+                grads = [_placed_like(grad, param) for grad, param in zip(grads, self.params, strict=True)]
+            if list(map(_shape_of, grads)) != self._shapes or set(map(_dtype_of, grads)) != {self.grad_dtype}:
+                return None
+            here = map(_on_cpu, grads) if self._device.type == "cpu" else (g.device == self._device for g in grads)
+            if not all(here):
+                return None
+            if not all(map(Tensor.is_contiguous, grads)):
+                grads = [grad.contiguous() for grad in grads]
+        except (AttributeError, KeyError, RuntimeError, TypeError):
+            # A missing state or gradient, or one without memory of its own (sparse): whoever asks finds out which.
+            return None
+        return self.cut(grads)
+
+
+def _placed_like(grad: Any, param: Any) -> Tensor:
+    if is_sharded(grad) and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return local(grad)
+
+
+class Plan:
+    """All batches of an optimizer's step.
+
+    Attributes:
+        together: the members of each batch.
+        number: steps taken so far by the parameter that has taken most.
+        lasts: whether it may serve the next step too: a parameter that is not contiguous is stepped on a copy.
+    """
+
+    def __init__(self, optimizer: Any, members: list[Member]) -> None:
+        batches: dict[tuple[Any, ...], list[Member]] = {}
+        for m in members:
+            grad_dtype = m.param.grad.dtype if m.param.grad is not None else m.param.dtype
+            key = (m.group, local(m.param).device, m.layout, m.arithmetic, m.param.dtype, grad_dtype)
+            batches.setdefault(key, []).append(m)
+        self.together = [
+            Together(each, optimizer.param_groups[key[0]], [optimizer.state[m.param] for m in each], grad_dtype=key[-1])
+            for key, each in batches.items()
+        ]
+        taking_part = {id(m.param) for m in members}
+        self._idle = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in taking_part]
+        self._options = [_fixed_options(group) for group in optimizer.param_groups]
+        self._params = _params(optimizer)
+        self._states = list(map(id, optimizer.state.values()))
+        self.number = max((int(each.batch.steps.max()) for each in self.together), default=0)
+        self.lasts = not any(each.copies for each in self.together)
+
+    def gradients(self, optimizer: Any) -> list[list[Tensor]] | None:
+        """The gradients of each batch, or None if anything has changed since the plan was made."""
+        if _params(optimizer) != self._params or list(map(id, optimizer.state.values())) != self._states:
+            return None
+        if [_fixed_options(group) for group in optimizer.param_groups] != self._options:
+            return None
+        if any(param.grad is not None for param in self._idle):
+            return None
+        return self.fresh_gradients()
+
+    def fresh_gradients(self) -> list[list[Tensor]] | None:
+        """The same of a plan that was made in this very step."""
+        found = [grads for each in self.together if (grads := each.gradients()) is not None]
+        return found if len(found) == len(self.together) else None
+
+
+def _params(optimizer: Any) -> list[int]:
+    return list(map(id, chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+
+
+def _fixed_options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Options that are part of a batch, or that were checked against the parameters when it was made."""
+    working_eps = float(group["eps"]) if group["arithmetic"] == "working" else None
+    return (group["strategy"], group["arithmetic"], group["backend"], group["seed"], working_eps)
