@@ -18,6 +18,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit("the command collage needs typer; remedy: pip install 'torch-collage[train]'") from error
 
+from collage.bench.command import bench
 from collage.train.options import config_options
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench")
 
 FILES, COMPARED = "Files", "Comparison"
 

@@ -86,7 +86,7 @@ def test_the_metric_observes_the_one_step_there_is(strategy: str, arithmetic: st
     for seed in (1, 2, 3):
         opt.param_groups[0]["params"][0].grad = values((400,), seed)
         opt.step()
-    assert calls == [False, True, False]
+    assert calls[-3:] == [False, True, False]  # before them the check of the first use
     monkeypatch.undo()
     assert_same(opt, stepped(3, strategy=strategy, arithmetic=arithmetic))
 
@@ -108,7 +108,8 @@ def test_a_compiler_never_sees_the_step_and_cannot_keep_its_low_precision_interm
     param.grad = values((400,), 2)
     assert torch.compile(step, backend=backend)(torch.ones(2)).tolist() == [3.0, 3.0]
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op.startswith("call")]
-    assert len(called) == 1, called
+    seen = [name for name in called if "set_grad_enabled" not in name]
+    assert seen == ["collage.step_", "<built-in function mul>"]
     assert_same(opt, stepped(2))
     assert opt.state[param]["param_lo"].any()
 

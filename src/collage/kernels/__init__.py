@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from collage.kernels import eager, native
+from collage.kernels import eager, firstuse, fused, native
 from collage.kernels.contract import DRAWS, ROLES, SUMS, Batch, Hyper, Inputs, Layout, Scalars
 
 __all__ = [
@@ -53,11 +53,11 @@ class Backend:
 
 def backends() -> dict[str, Backend]:
     """What can run here, and why the others cannot."""
-    no_native, no_triton = native.unavailable(), "not yet"
+    no_native, no_triton = native.unavailable(), fused.unavailable()
     return {
         "eager": Backend("eager", True),
         "native": Backend("native", not no_native, no_native, ("cpu",), ", ".join(native.instruction_sets())),
-        "triton": Backend("triton", not no_triton, no_triton, ("cuda",)),
+        "triton": Backend("triton", not no_triton, no_triton, fused.devices()),
     }
 
 
@@ -76,8 +76,9 @@ def check_backend(name: str | None) -> None:
 _STEPS: dict[str, Callable[[Batch, Inputs], Tensor | None]] = {
     "eager": eager.step,
     "native": native.step,
+    "triton": fused.step,
 }
-_SERVES = {"native": native.serves}
+_SERVES = {"native": native.serves, "triton": fused.serves}
 
 
 def choose(layout: Layout, arithmetic: str, dtype: torch.dtype, device: torch.device, wanted: str | None) -> str:
@@ -104,15 +105,32 @@ def choose(layout: Layout, arithmetic: str, dtype: torch.dtype, device: torch.de
 
 
 def step(batch: Batch, inputs: Inputs, backend: str) -> Tensor | None:
-    """One step over a batch by the named backend.
+    """One step over a batch by the named backend, which is checked the first time that it steps such a layout.
 
     Returns:
         The sums where ``inputs.audit``: float64 [number of parameters, len(SUMS)], else None.
+
+    Raises:
+        RuntimeError: the backend does not step as defined (:mod:`collage.kernels.firstuse`); nothing has changed.
     """
+    if batch.arithmetic == "fp32" and batch.params:
+        param, grad = batch.params[0], inputs.grads[0]
+        case = (backend, batch.layout, param.dtype, grad.dtype, param.device)
+        if case not in _checked and not _capturing(param.device):
+            firstuse.check(backend, _STEPS[backend], batch, grad.dtype)
+            _checked.add(case)
     return _STEPS[backend](batch, inputs)
+
+
+_checked: set[tuple[object, ...]] = set()
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether work on the device is being recorded for a graph, in which nothing can be looked at."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor], backend: str) -> None:
     """One in-place pass that reads all these tensors, equally long, and writes those of ``read_write`` back unchanged,
     in the way in which a backend ("native" or "triton") steps. It is the floor of a step's time in benchmarks."""
-    {"native": native.null_step}[backend](read_write, read_only)
+    {"native": native.null_step, "triton": fused.null_step}[backend](read_write, read_only)

@@ -12,6 +12,7 @@ The contract that makes backends bit-equal:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -181,7 +182,7 @@ class Scalars:
         ``step_size`` is -lr / (1 - beta1^t); ``decay`` is lr * weight_decay.
         """
         correction1 = 1.0 - power(hyper.beta1, step)
-        correction2_sqrt = (1.0 - power(hyper.beta2, step)) ** 0.5
+        correction2_sqrt = math.sqrt(1.0 - power(hyper.beta2, step))
         exact = {
             "beta1": hyper.beta1,
             "one_minus_beta1": 1.0 - hyper.beta1,

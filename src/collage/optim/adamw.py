@@ -6,19 +6,21 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from collage import kernels
 from collage.kernels import Hyper, Inputs, Layout
 from collage.numerics import format_of
 from collage.optim import statedict
-from collage.optim.batches import Member, Plan, Together, local
+from collage.optim.batches import GradOf, Member, Plan, Together, local
 from collage.optim.lowprecision import take_full_value, warn_of_replaced
+from collage.optim.operator import register, traced_step
+from collage.optim.states import States
 from collage.optim.strategies import Strategy, resolve, strategies
 
 ARITHMETICS = ("fp32", "working")
@@ -87,6 +89,7 @@ class AdamW(Optimizer):
 
     # GradScaler then hands grad_scale and found_inf to the step instead of refusing float16 gradients.
     _step_supports_amp_scaling = True
+    number: int
 
     def __init__(
         self,
@@ -131,6 +134,8 @@ class AdamW(Optimizer):
         self._plan: Plan | None = None
         self._constructed = False
         super().__init__(params, defaults)
+        self.state = States(self.state)
+        register(self)
         # Only now: a group that is refused must leave the low parts of those before it for another attempt.
         self._take_full_values(0)
         self._constructed = True
@@ -148,6 +153,8 @@ class AdamW(Optimizer):
         """Restores from a pickle, a deep copy or a loaded state dict; observers stay with the original."""
         super().__setstate__(state)
         self.__dict__.setdefault("_observers", [])
+        self.state = States(self.state)
+        register(self)
         self._plan = None
         self.__dict__.setdefault("_constructed", True)
 
@@ -175,13 +182,12 @@ class AdamW(Optimizer):
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
-    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step. All gradients are checked before the first parameter changes.
 
         On a fresh optimizer a step with lr = 0 and zero gradients, as FSDP and DCP make them to create the state, does
-        that and nothing else; it is not counted.
+        that and nothing else; it is not counted. Within ``torch.compile`` the step is one opaque operator.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -196,13 +202,27 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            traced_step(self)
+        else:
+            self.advance()
+        return loss
+
+    @torch.no_grad()
+    def advance(self, given: dict[int, Tensor] | None = None) -> None:
+        """What :meth:`step` does after the closure.
+
+        Args:
+            given: gradients by ``id`` of their parameter, in place of the parameters' own.
+        """
+        grad_of: GradOf = attrgetter("grad") if given is None else lambda param: given.get(id(param))
         for group in self.param_groups:
             _check_options(group)
-        plan, grads = self._plan_and_gradients()
+        plan, grads = self._plan_and_gradients(grad_of)
         on_device = all(each.backend == "triton" for each in plan.together)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not on_device and bool(found_inf):
-            return loss
+            return
         number = plan.number + 1
         observers = [observer for observer in self._observers if plan.together and observer.wants(number)]
         rows: list[StepRow] = []
@@ -218,20 +238,19 @@ class AdamW(Optimizer):
         plan.number = number
         for observer in observers:
             observer.record(number, rows)
-        return loss
 
-    def _plan_and_gradients(self) -> tuple[Plan, list[list[Tensor]]]:
+    def _plan_and_gradients(self, grad_of: GradOf) -> tuple[Plan, list[list[Tensor]]]:
         """The batches of this step with their gradients: those of the step before if they still hold."""
         plan = self._plan
-        grads = None if plan is None else plan.gradients(self)
+        grads = None if plan is None else plan.gradients(self, grad_of)
         if plan is None or grads is None or any(self._may_only_create_state(each) for each in plan.together):
-            members = self._members()
+            members = self._members(grad_of)
             for member in members:
                 if not self.state[member.param]:
                     self._create_state(member.param, member.layout, member.ordinal)
-            stepped = [member for member in members if not self._only_creates_state(member)]
-            plan = Plan(self, stepped)
-            grads = plan.fresh_gradients()
+            stepped = [member for member in members if not self._only_creates_state(member, grad_of)]
+            plan = Plan(self, stepped, grad_of)
+            grads = plan.fresh_gradients(grad_of)
             self._plan = plan if plan.lasts and len(stepped) == len(members) else None
         assert grads is not None
         return plan, grads
@@ -250,7 +269,7 @@ class AdamW(Optimizer):
             audit=audit,
         )
 
-    def _members(self) -> list[Member]:
+    def _members(self, grad_of: GradOf) -> list[Member]:
         """Every parameter that has a gradient, checked."""
         members = []
         ordinal = -1
@@ -259,9 +278,10 @@ class AdamW(Optimizer):
             names = group.get("param_names", [None] * len(group["params"]))
             for param, name in zip(group["params"], names, strict=True):
                 ordinal += 1
-                if param.grad is None:
+                grad = grad_of(param)
+                if grad is None:
                     continue
-                _check_grad(param, param.grad, name)
+                _check_grad(local(param), local(grad), name)
                 layout = _layout(strategy, param.dtype)
                 # A float32 parameter steps as plain float32 whatever the strategy and its arithmetic.
                 arithmetic = "fp32" if param.dtype == torch.float32 else group["arithmetic"]
@@ -275,10 +295,11 @@ class AdamW(Optimizer):
         lr = self.param_groups[each.members[0].group]["lr"]
         return _known_on_host(lr) and float(lr) == 0 and bool((each.batch.steps == 0).any())
 
-    def _only_creates_state(self, member: Member) -> bool:
+    def _only_creates_state(self, member: Member, grad_of: GradOf) -> bool:
         lr = self.param_groups[member.group]["lr"]
         fresh = _known_on_host(lr) and float(lr) == 0 and int(self.state[member.param]["step"]) == 0
-        return fresh and member.param.grad is not None and not bool(local(member.param.grad).any())
+        grad = grad_of(member.param)
+        return fresh and grad is not None and not bool(local(grad).any())
 
     def _create_state(self, param: Tensor, layout: Layout, ordinal: int, value: Tensor | None = None) -> None:
         """Zero moments and a parameter that holds ``value`` (float32), or itself."""
@@ -350,7 +371,6 @@ class AdamW(Optimizer):
         """
         with statedict.exact_loading(self, statedict.check_strategies):
             super().load_state_dict(state_dict)
-        self._plan = None
 
 
 @cache
@@ -375,7 +395,9 @@ def _check_hyper(group: dict[str, Any]) -> None:
         value = group[name]
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{name} as a tensor must have one element, got shape {tuple(value.shape)}")
-        if name == "lr" and not _known_on_host(value):
+        if name == "lr" and isinstance(value, Tensor) and not _known_on_host(value):
+            if value.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"lr as a tensor on a device must be torch.float32 or torch.float64, got {value.dtype}")
             continue
         if not 0.0 <= float(value) < float("inf"):
             raise ValueError(f"{name} must be finite and >= 0, got {float(value)}")

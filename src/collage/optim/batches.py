@@ -9,11 +9,11 @@ bits are those of the whole parameter, whatever the sharding.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor
 from collage import kernels
 from collage.kernels import Batch, Layout
 
-_grad_of = attrgetter("grad")
+# What a step takes for a parameter's gradient.
+GradOf = Callable[[Tensor], Tensor | None]
+
 _dtype_of = attrgetter("dtype")
-_shape_of = attrgetter("shape")
 _on_cpu = attrgetter("is_cpu")
 
 
@@ -91,9 +92,6 @@ class Together:
         self.grad_dtype = grad_dtype
         self.sharded = any(is_sharded(m.param) for m in members)
         self.params = [m.param for m in members]
-        self._states = states
-        names = ("step", *first.layout.state_names(first.param.dtype))
-        self._state_tensors = itemgetter(*names)
         pieces = [(owner, *run) for owner, m in enumerate(members) for run in runs(m.param)]
         self.owners = None if len(pieces) == len(members) else [owner for owner, *_ in pieces]
         self._slices = [(owner, begin, end) for owner, _, begin, end in pieces] if self.owners else None
@@ -108,13 +106,17 @@ class Together:
             arithmetic=first.arithmetic,
             seed=options["seed"],
             params=self.cut(whole),
-            states=self._cut_states(names),
+            states=self._cut_states(states, tuple(first.layout.state_names(first.param.dtype))),
             steps=self._join_steps(states, device),
             ordinals=[m.ordinal if "ordinal" not in states[o] else int(states[o]["ordinal"]) for o, m in self._owned()],
             firsts=[index for _, index, _, _ in pieces],
         )
         self._device = device
-        self._shapes = list(map(_shape_of, map(local, self.params)))
+        # torch checks the shape of a gradient that is assigned to a parameter of its own class; numel guards the memory
+        # against what gets around that.
+        checked = all(type(param) in (Tensor, torch.nn.Parameter) for param in self.params)
+        self._size_of: Callable[[Tensor], Any] = Tensor.numel if checked else attrgetter("shape")
+        self._sizes = [self._size_of(local(param)) for param in self.params]
         self._addresses = self._look()
 
     def write_copies(self) -> None:
@@ -139,33 +141,33 @@ class Together:
             return list(tensors)
         return [tensors[owner].view(-1)[begin:end] for owner, begin, end in self._slices]
 
-    def _cut_states(self, names: tuple[str, ...]) -> list[dict[str, Tensor]]:
-        columns = [self.cut([local(state[name]) for state in self._states]) for name in names[1:]]
-        return [dict(zip(names[1:], row, strict=True)) for row in zip(*columns, strict=True)]
+    def _cut_states(self, states: list[dict[str, Tensor]], names: tuple[str, ...]) -> list[dict[str, Tensor]]:
+        # Detached, so that memory that is written lives even if somebody exchanges a tensor's data.
+        columns = [self.cut([local(state[name]).detach() for state in states]) for name in names]
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def _join_steps(self, states: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """One tensor for the step counts of all, so that one operation counts them; each state has its view."""
         # A tensor made in inference mode could not be counted up outside of it.
         with torch.inference_mode(False):
-            counts = torch.tensor([float(states[owner]["step"]) for owner, _ in self._owned()], dtype=torch.float32)
-            counts = counts.to(device if self.backend == "triton" else "cpu")
+            where = device if self.backend == "triton" else torch.device("cpu")
+            counts = torch.stack([states[owner]["step"].to(where, torch.float32) for owner, _ in self._owned()])
         for place, (owner, _) in reversed(list(enumerate(self._owned()))):
             states[owner]["step"] = counts[place]
         return counts
 
     def _look(self) -> list[int]:
-        tensors: Iterator[Any] = chain(self.params, chain.from_iterable(map(self._state_tensors, self._states)))
-        return list(map(Tensor.data_ptr, map(local, tensors) if self.sharded else tensors))
+        return list(map(Tensor.data_ptr, map(local, self.params) if self.sharded else self.params))
 
-    def gradients(self) -> list[Tensor] | None:
+    def gradients(self, grad_of: GradOf) -> list[Tensor] | None:
         """The gradients for the batch, or None if anything has changed since it was made."""
-        grads: list[Any] = list(map(_grad_of, self.params))
+        grads: list[Any] = list(map(grad_of, self.params))
         try:
             if self._look() != self._addresses:
                 return None
             if self.sharded:
                 grads = [_placed_like(grad, param) for grad, param in zip(grads, self.params, strict=True)]
-            if list(map(_shape_of, grads)) != self._shapes or set(map(_dtype_of, grads)) != {self.grad_dtype}:
+            if list(map(self._size_of, grads)) != self._sizes or set(map(_dtype_of, grads)) != {self.grad_dtype}:
                 return None
             here = map(_on_cpu, grads) if self._device.type == "cpu" else (g.device == self._device for g in grads)
             if not all(here):
@@ -193,11 +195,11 @@ class Plan:
         lasts: whether it may serve the next step too: a parameter that is not contiguous is stepped on a copy.
     """
 
-    def __init__(self, optimizer: Any, members: list[Member]) -> None:
+    def __init__(self, optimizer: Any, members: list[Member], grad_of: GradOf) -> None:
         batches: dict[tuple[Any, ...], list[Member]] = {}
         for m in members:
-            grad_dtype = m.param.grad.dtype if m.param.grad is not None else m.param.dtype
-            key = (m.group, local(m.param).device, m.layout, m.arithmetic, m.param.dtype, grad_dtype)
+            grad: Any = grad_of(m.param)
+            key = (m.group, local(m.param).device, m.layout, m.arithmetic, m.param.dtype, grad.dtype)
             batches.setdefault(key, []).append(m)
         self.together = [
             Together(each, optimizer.param_groups[key[0]], [optimizer.state[m.param] for m in each], grad_dtype=key[-1])
@@ -207,23 +209,25 @@ class Plan:
         self._idle = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in taking_part]
         self._options = [_fixed_options(group) for group in optimizer.param_groups]
         self._params = _params(optimizer)
-        self._states = list(map(id, optimizer.state.values()))
+        self._states, self._changes = optimizer.state, optimizer.state.changes.count
         self.number = max((int(each.batch.steps.max()) for each in self.together), default=0)
         self.lasts = not any(each.copies for each in self.together)
 
-    def gradients(self, optimizer: Any) -> list[list[Tensor]] | None:
+    def gradients(self, optimizer: Any, grad_of: GradOf) -> list[list[Tensor]] | None:
         """The gradients of each batch, or None if anything has changed since the plan was made."""
-        if _params(optimizer) != self._params or list(map(id, optimizer.state.values())) != self._states:
+        if optimizer.state is not self._states or optimizer.state.changes.count != self._changes:
+            return None
+        if _params(optimizer) != self._params:
             return None
         if [_fixed_options(group) for group in optimizer.param_groups] != self._options:
             return None
-        if any(param.grad is not None for param in self._idle):
+        if any(grad_of(param) is not None for param in self._idle):
             return None
-        return self.fresh_gradients()
+        return self.fresh_gradients(grad_of)
 
-    def fresh_gradients(self) -> list[list[Tensor]] | None:
+    def fresh_gradients(self, grad_of: GradOf) -> list[list[Tensor]] | None:
         """The same of a plan that was made in this very step."""
-        found = [grads for each in self.together if (grads := each.gradients()) is not None]
+        found = [grads for each in self.together if (grads := each.gradients(grad_of)) is not None]
         return found if len(found) == len(self.together) else None
 
 

@@ -305,7 +305,8 @@ PLOTS = (
 )
 
 
-def _rc(theme: Theme) -> dict[Any, Any]:
+def theme_settings(theme: Theme) -> dict[Any, Any]:
+    """A theme as matplotlib's settings."""
     colours = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
     return {
         **dict.fromkeys(colours, theme.ink),
@@ -321,7 +322,7 @@ def _rc(theme: Theme) -> dict[Any, Any]:
 
 def render(plot: Plot, groups: Sequence[Group], theme: Theme) -> bytes | None:
     """The plot of `groups` as a PNG file's bytes, or None where the runs have nothing to draw in it."""
-    with rc_context(_rc(theme)):
+    with rc_context(theme_settings(theme)):
         figure = plot.draw(list(zip(groups, lines(groups, theme), strict=True)), theme)
         if figure is None:
             return None

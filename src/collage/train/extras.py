@@ -8,6 +8,7 @@ from collage.train.config import UserError
 
 EXTRAS = {
     "train": ("accelerate", "numpy", "rich", "safetensors", "tokenizers", "transformers"),
+    "bench": ("rich",),
     "report": ("jinja2", "matplotlib", "rich"),
 }
 """The packages that each extra brings, by the name they are imported with."""

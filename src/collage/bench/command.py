@@ -1,0 +1,153 @@
+"""The commands `collage bench ...`. Each imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from collage.train.extras import need
+
+WHAT, HOW, FILES = "What is timed", "How", "Files"
+
+bench = typer.Typer(
+    help="Time the optimizer step beside its peers, and make a page of the results.", no_args_is_help=True
+)
+
+
+STEP = (
+    "Time one optimizer step: every strategy and backend beside every installed peer, on the same work.\n\n"
+    "Contenders take turns in the rounds of one process, so that ratios hold even where the machine is disturbed. "
+    "Shown for each: quantiles of the time, the ratio to torch's fused AdamW on the same parameters, bytes moved, the "
+    "share of the speed of a kernel that only moves those bytes, bytes of state.\n\n"
+    "Without options: all strategies and peers on 10 million parameters, two to four minutes on two cores; the first "
+    "time longer, as some peers compile.\n\n"
+    "On a machine that does other work at the same time, set OMP_WAIT_POLICY=passive: OpenMP's idle threads otherwise "
+    "spin and take the cores from each other."
+)
+"""In paragraphs of one line: Typer keeps the line breaks of a docstring."""
+
+
+@bench.command(help=STEP)
+def step(
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision strategies, separated by commas. Unset: all of collage.strategies().",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            help="Backends of these strategies, separated by commas: native (CPU), triton (GPU), eager (the "
+            "definition, in plain torch operations: slow). Unset: all that can run on the device.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="all, none, or names separated by commas (see --list). A peer that is not installed or fails keeps a "
+            "row with the reason. torch's fused AdamW, to which ratios are taken, always takes part.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "all",
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="Sets of parameter shapes, separated by commas (see --list), timed one after the other. Unset: 10m "
+            "on a CPU, gpt-125m,llama-1b-whole on a GPU.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="bf16 or fp16: of the low-precision parameters and gradients.", rich_help_panel=WHAT)
+    ] = "bf16",
+    list_: Annotated[
+        bool,
+        typer.Option("--list", help="Show the sets of shapes and the peers, and time nothing.", rich_help_panel=WHAT),
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=HOW)] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads. Unset: torch's own number.", rich_help_panel=HOW)
+    ] = None,
+    rounds: Annotated[
+        int,
+        typer.Option(help="Interleaved rounds, a step of each contender in each; at least 2.", rich_help_panel=HOW),
+    ] = 40,
+    budget: Annotated[
+        float,
+        typer.Option(
+            help="Seconds for the rounds of one contender: what is too slow for all rounds takes part in fewer, but in "
+            "five at least.",
+            rich_help_panel=HOW,
+        ),
+    ] = 4.0,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GB that may be in use at a time. Contenders that do not fit together are timed in groups, each with "
+            "the reference. Unset: most of what is free.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write the rows, machine, versions and command to this file.", rich_help_panel=FILES
+        ),
+    ] = None,
+) -> None:
+    """Time one optimizer step: every strategy and backend beside every installed peer, on the same work."""
+    need("bench")
+    from rich.console import Console
+
+    from collage.bench.display import BenchDisplay, describe, show, show_lists
+    from collage.bench.options import check_writable, make_plan, parse_device, parse_dtype, use_threads
+    from collage.bench.results import facts, record
+    from collage.bench.step import run
+    from collage.train.runfiles import write_json
+
+    console = Console()
+    if list_:
+        show_lists(parse_device(device), parse_dtype(dtype), console)
+        return
+    if json_file is not None:
+        check_writable(json_file)
+    plan = make_plan(
+        strategies=strategies,
+        backends=backends,
+        peers=peers,
+        shapes=shapes,
+        device=parse_device(device),
+        dtype=parse_dtype(dtype),
+        rounds=rounds,
+        budget=budget,
+        memory=memory,
+    )
+    with use_threads(threads) as used, BenchDisplay(console) as display:
+        able = 1 + sum(not contender.unavailable for contender in plan.contenders)
+        display.say(describe([each.name for each in plan.shapes], able, rounds, budget, used))
+        known = facts(plan, shlex.join(["collage", *sys.argv[1:]]))
+        result = record(run(plan, display), known)
+    show(result, console)
+    if json_file is not None:
+        write_json(json_file, result)
+        console.print(f"rows: {json_file}", markup=False, highlight=False, soft_wrap=True)
+
+
+@bench.command()
+def page(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[RESULTS_DIR]", help="Folder of files that --json wrote.", show_default=True)
+    ] = Path("benchmarks/results"),
+) -> None:
+    """Make README.md and plots from the results in a folder."""
+    need("report")
+    from collage.bench.page import write_page
+
+    typer.echo(f"page: {write_page(folder)}")

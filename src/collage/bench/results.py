@@ -1,0 +1,162 @@
+"""A benchmark as data: rows that explain themselves, with the machine, the versions and the command beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import collage
+from collage.bench.contenders import Contender
+from collage.bench.plan import Plan
+from collage.bench.step import Measured
+from collage.train.config import UserError
+from collage.train.runfiles import commit, device_name
+
+KIND = "bench step"
+VARIABLES = (
+    "ATEN_",
+    "COLLAGE_",
+    "CUDA_",
+    "GOMP_",
+    "KMP_",
+    "LD_PRELOAD",
+    "MALLOC_",
+    "MKL_",
+    "OMP_",
+    "PYTORCH_",
+    "TRITON_",
+)
+"""Beginnings of the names of environment variables that change timings."""
+
+
+def quantile(values: Sequence[float], q: float) -> float | None:
+    """The q-th quantile by linear interpolation; None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def environment() -> dict[str, Any]:
+    """What of the machine and its settings changes timings, the device apart."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
+        "cores": usable,
+        "load_before": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def package_version(distribution: str) -> str | None:
+    """The version of an installed package, else None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _versions(contenders: Sequence[Contender]) -> dict[str, str]:
+    known = {"python": platform.python_version(), "torch": str(torch.__version__), "collage": collage.__version__}
+    names = [*sorted({each.distribution for each in contenders} - {"torch", "torch-collage"}), "triton"]
+    return known | {name: found for name in names if (found := package_version(name))}
+
+
+def facts(plan: Plan, command: str) -> dict[str, Any]:
+    """What the file says of the run as a whole, taken before it begins."""
+    return {
+        "kind": KIND,
+        "device": device_name(plan.device),
+        "versions": _versions(plan.contenders),
+        "commit": commit(),
+        "command": command,
+        "threads": torch.get_num_threads(),
+        "environment": environment(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rounds": plan.rounds,
+        "budget_s": plan.budget,
+        "reference": plan.reference.name,
+    }
+
+
+def row(measured: Measured, run: dict[str, Any]) -> dict[str, Any]:
+    """One row; times are of single steps, in milliseconds."""
+    contender, parameters = measured.contender, measured.shapes.parameters
+    milliseconds = [1e3 * seconds for seconds in measured.seconds]
+    middle = quantile(milliseconds, 0.5)
+    moved = _moved(measured)
+    state = measured.state_bytes
+    return {
+        "contender": measured.name,
+        "kind": contender.kind if contender else "null",
+        "status": measured.status,
+        "reason": measured.reason or None,
+        "strategy": contender.strategy if contender else None,
+        "backend": contender.backend if contender else None,
+        "peer": contender.peer if contender else None,
+        "version": package_version(contender.distribution if contender else "torch-collage"),
+        "note": (contender.note if contender else "") or None,
+        "shapes": measured.shapes.name,
+        "tensors": len(measured.shapes.shapes),
+        "parameters": parameters,
+        "dtype": str(contender.dtype).removeprefix("torch.") if contender else None,
+        "rounds": len(milliseconds),
+        "ms_p10": quantile(milliseconds, 0.1),
+        "ms_p50": middle,
+        "ms_p90": quantile(milliseconds, 0.9),
+        "ratio": _median(measured.ratios),
+        "ratio_to_joined": _median(measured.joined),
+        "bytes_moved_per_param": moved,
+        "gb_per_s": None if moved is None or not middle else moved * parameters / middle / 1e6,
+        "null_share": _median(measured.shares),
+        "null_reason": measured.null_reason or None,
+        "state_bytes_per_param": None if state is None else state / parameters,
+        **{key: run[key] for key in ("device", "threads", "commit", "command", "created")},
+        "torch": run["versions"]["torch"],
+    }
+
+
+def _moved(measured: Measured) -> float | None:
+    if measured.widths:
+        return float(2 * sum(measured.widths[0]) + sum(measured.widths[1]))
+    streams = measured.contender.streams if measured.contender else None
+    return None if streams is None else streams.bytes_moved
+
+
+def record(found: Sequence[Measured], run: dict[str, Any]) -> dict[str, Any]:
+    """The whole result."""
+    return {**run, "rows": [row(measured, run) for measured in found]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result from its file.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["kind"] != KIND or not isinstance(result["rows"], list):
+            raise UserError(f'{path} must be a result of kind "{KIND}", got {result["kind"]!r}')
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} must be a file that `collage bench step --json` wrote: {error!r}") from error
+    return result

@@ -1,0 +1,174 @@
+"""The host's side of the Triton step. Imports triton; :mod:`collage.kernels.fused` imports this when first needed."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collage.kernels.contract import SUMS, Batch, Inputs
+from collage.kernels.fused.advance import advance_kernel
+from collage.kernels.fused.forms import Stored, all_stored
+from collage.kernels.fused.null import null_kernel
+from collage.kernels.fused.tables import Tables
+from collage.kernels.fused.update import step_kernel, sums_kernel
+from collage.numerics import format_of
+
+# Elements of a block: with 4 warps, 8 per thread, which is one access of 16 bytes to a 16-bit component.
+BLOCK = 1024
+# Tensors that one program advances, and lines of partial sums that one adds up at a time.
+ROWS = 128
+# Bytes of a block of the null step.
+NULL_BYTES = 8192
+WARP = 32
+
+
+def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, **constants: Any) -> None:
+    """The one place that launches. Without fused multiply-adds, which round once where the definition rounds twice."""
+    kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
+
+
+def step(batch: Batch, inputs: Inputs) -> Tensor | None:
+    """See :func:`collage.kernels.fused.step`."""
+    count = len(batch.params)
+    if count == 0:
+        return torch.zeros(0, len(SUMS), dtype=torch.float64) if inputs.audit else None
+    with _on(batch.steps.device):
+        tables = _tables(batch)
+        grads = _of_one_dtype(inputs.grads)
+        addresses = tables.addresses(batch, grads)
+        _advance(batch, inputs, tables)
+        partials = tables.partials() if inputs.audit else None
+        scale = None if inputs.grad_scale is None else inputs.grad_scale.to(tables.device, torch.float32)
+        warps = _warps(tables.stored)
+        if tables.blocks:
+            launch(
+                step_kernel,
+                tables.blocks,
+                addresses,
+                tables.shapes,
+                tables.owners,
+                tables.scalars,
+                tables.keys,
+                tables.powers,
+                partials,
+                scale,
+                tables.highs,
+                PARAM=tuple(tables.stored[0]),
+                EXP_AVG=tuple(tables.stored[1]),
+                EXP_AVG_SQ=tuple(tables.stored[2]),
+                GRAD=format_of(grads[0]).name,
+                MAXIMIZE=inputs.hyper.maximize,
+                AUDIT=inputs.audit,
+                CROSSES=tables.highs > 1,
+                WORDS=tables.words,
+                BLOCK=BLOCK,
+                PIECE=warps * WARP,
+                num_warps=warps,
+            )
+        if partials is None:
+            return None
+        sums = torch.empty(count, len(SUMS), dtype=torch.float64, device=tables.device)
+        args = (sums, partials, tables.shapes, tables.scalars, count, tables.blocks)
+        launch(sums_kernel, count, *args, LINES=ROWS)
+        return sums
+
+
+def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor]) -> None:
+    """See :func:`collage.kernels.fused.null_step`."""
+    device = read_write[0].device
+    with _on(device):
+        written, written_owners = _streams(read_write)
+        read, read_owners = _streams(read_only)
+        blocks = len(written_owners)
+        if blocks:
+            args = (written, written_owners, read, read_owners, blocks, len(read_owners), 0)
+            launch(null_kernel, blocks, *args, BYTES=NULL_BYTES, PIECE=512)
+
+
+def _tables(batch: Batch) -> Tables:
+    """The batch's tables, made at its first step."""
+    tables = batch.kept.get("triton")
+    if tables is None:
+        stored = all_stored(batch.layout, batch.params[0].dtype)
+        if stored is None:
+            raise ValueError(
+                f"the Triton kernels do not serve {batch.layout} with parameters of {batch.params[0].dtype}; use "
+                "backend='eager'"
+            )
+        tables = batch.kept["triton"] = Tables(batch, stored, BLOCK)
+    return tables
+
+
+def _advance(batch: Batch, inputs: Inputs, tables: Tables) -> None:
+    hyper = inputs.hyper
+    numbers = (hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay)
+    launch(
+        advance_kernel,
+        -(-len(batch.params) // ROWS),
+        batch.steps,
+        tables.powers,
+        tables.scalars,
+        tables.keys,
+        tables.ordinals,
+        tables.shapes,
+        inputs.lr,
+        inputs.found_inf,
+        len(batch.params),
+        tables.highs,
+        _signed(batch.seed),
+        *(_pattern(number) for number in numbers),
+        WORDS=tables.words,
+        ROWS=ROWS,
+    )
+
+
+def _of_one_dtype(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Gradients as they are, or where their dtypes differ all as float32, which is exact."""
+    if len({grad.dtype for grad in grads}) == 1:
+        return grads
+    return [grad.to(torch.float32) for grad in grads]
+
+
+def _warps(stored: Sequence[Stored]) -> int:
+    """4 warps give a thread 8 elements: one 16-byte access of a 16-bit component. A 32-bit component has 4 elements in
+    one, and storing it from another number per thread would go through shared memory."""
+    return 8 if any("fp32" in (each.first, each.second) for each in stored) else 4
+
+
+def _pattern(number: float) -> int:
+    """The bits of a float64 as an int64, since Triton passes a Python float as float32."""
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def _signed(number: int) -> int:
+    """The int64 with the lowest 64 bits of an integer."""
+    low = number % 2**64
+    return low - 2**64 if low >= 2**63 else low
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+_known_streams: dict[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] = {}
+
+
+def _streams(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Address, bytes and first block of each tensor, and the owner of each block; kept while they stay the same."""
+    places = tuple((tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors)
+    if places not in _known_streams:
+        if len(_known_streams) >= 8:
+            _known_streams.clear()
+        blocks = torch.tensor([-(-length // NULL_BYTES) for _, length in places], dtype=torch.int64)
+        firsts = torch.cumsum(blocks, 0) - blocks
+        rows = torch.tensor([(*place, first) for place, first in zip(places, firsts.tolist(), strict=True)])
+        owners = torch.repeat_interleave(torch.arange(len(places), dtype=torch.int32), blocks)
+        device = tensors[0].device if tensors else torch.device("cpu")
+        _known_streams[places] = (rows.to(device, torch.int64), owners.to(device))
+    return _known_streams[places]

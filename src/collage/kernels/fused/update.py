@@ -1,0 +1,254 @@
+"""The Triton kernels of the step itself: all tensors of a batch in one launch, and the sums of an audited step.
+
+How a role is stored reaches the kernels as a compile-time tuple, ``forms.Stored``.
+"""
+
+# Triton's annotations are values, not types.
+# pyright: reportArgumentType=false, reportInvalidTypeForm=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from collage.kernels import contract
+from collage.kernels.fused import tables
+from collage.kernels.fused.advance import POWERS, SCALARS
+from collage.kernels.fused.elements import exact, load, moved, parts_of, random_word, store, value_of
+
+ADDRESSES = tl.constexpr(tables.ADDRESSES)
+SUMS = tl.constexpr(len(contract.SUMS))
+
+
+@triton.jit(do_not_specialize=["highs"], do_not_specialize_on_alignment=["grad_scale"])
+def step_kernel(
+    addresses,
+    shapes,
+    owners,
+    scalars,
+    keys,
+    powers,
+    partials,
+    grad_scale,
+    highs: tl.int64,
+    PARAM: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    GRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    AUDIT: tl.constexpr,
+    CROSSES: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Steps one block of one tensor.
+
+    Args:
+        addresses: int64 [tensors, ADDRESSES]; 0 where there is no such component.
+        shapes: int64 [tensors, 3]: elements, index of the first one in the whole parameter, number of the first block.
+        owners: int32 [blocks]: each block's tensor.
+        scalars, keys, powers: as ``advance_kernel`` has left them.
+        partials: float64 [blocks, SUMS], written if AUDIT.
+        grad_scale: one float32 that the gradient is divided by, or None.
+        highs: high halves of indices per tensor in ``keys``.
+        PARAM, EXP_AVG, EXP_AVG_SQ: a ``forms.Stored`` each.
+        GRAD: format of the gradients.
+        CROSSES: whether a high half may grow within a block.
+        WORDS: 32-bit random words per element.
+        PIECE: elements at a time where a block is not whole or not aligned.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(owners + block).to(tl.int64)
+    scalar = scalars + tensor * SCALARS
+    if tl.load(scalar + 8) != 0:
+        return
+    shape = shapes + tensor * 3
+    numel = tl.load(shape)
+    first = tl.load(shape + 1)
+    start = (block - tl.load(shape + 2)) * BLOCK
+    row = addresses + tensor * ADDRESSES
+    g_at = tl.load(row)
+    p_at = (tl.load(row + 1), tl.load(row + 2))
+    m_at = (tl.load(row + 3), tl.load(row + 4))
+    v_at = (tl.load(row + 5), tl.load(row + 6))
+    unaligned = (g_at | p_at[0] | p_at[1] | m_at[0] | m_at[1] | v_at[0] | v_at[1]) & 15
+    tensor_keys = keys + tensor * highs * WORDS * 2
+    beta2 = powers + tensor * POWERS + 4
+    sums = tl.zeros([SUMS], tl.float64)
+    if (unaligned == 0) & (start + BLOCK <= numel):
+        sums += step_block(
+            g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, grad_scale, beta2,
+            PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, BLOCK, True,
+        )  # fmt: skip
+    else:
+        # A mask whose length is known at run time alone makes narrow accesses; one element per thread then keeps the
+        # registers of the other path at half of what they would be.
+        end = tl.minimum(start + BLOCK, numel)
+        while start < end:
+            sums += step_block(
+                g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, grad_scale, beta2,
+                PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, PIECE, False,
+            )  # fmt: skip
+            start += PIECE
+    if AUDIT:
+        tl.store(partials + block * SUMS + tl.arange(0, SUMS), sums)
+
+
+@triton.jit
+def step_block(
+    g_at,
+    p_at,
+    m_at,
+    v_at,
+    start,
+    first,
+    numel,
+    scalar,
+    keys,
+    highs,
+    grad_scale,
+    beta2,
+    PARAM: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    GRAD: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    AUDIT: tl.constexpr,
+    CROSSES: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """``eager._fp32`` of one block, in its order. Returns its row of sums; zeros unless AUDIT."""
+    mask = start + tl.arange(0, BLOCK) < numel
+    g = load(g_at, start, mask, BLOCK, GRAD, WHOLE)
+    p1, p2 = load_parts(p_at, start, mask, PARAM, BLOCK, WHOLE)
+    m1, m2 = load_parts(m_at, start, mask, EXP_AVG, BLOCK, WHOLE)
+    v1, v2 = load_parts(v_at, start, mask, EXP_AVG_SQ, BLOCK, WHOLE)
+    if grad_scale is not None:
+        g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros([BLOCK], tl.float32))
+    if MAXIMIZE:
+        g = g * -1.0
+    p = value_of(p1, p2, PARAM)
+    m = value_of(m1, m2, EXP_AVG) * tl.load(scalar) + g * tl.load(scalar + 1)
+    v = value_of(v1, v2, EXP_AVG_SQ) * tl.load(scalar + 2) + (g * g) * tl.load(scalar + 3)
+    u = tl.div_rn(m * tl.load(scalar + 4), tl.sqrt_rn(v) * tl.load(scalar + 5) + tl.load(scalar + 6))
+    decay = tl.load(scalar + 7)
+    # Without decay, a parameter that is not finite leaves the update alone.
+    u = tl.where(decay != 0, u - p * decay, u)
+
+    # contract.DRAWS: param and exp_avg_sq share the first word.
+    FIRST_WORD: tl.constexpr = PARAM[3] or EXP_AVG_SQ[3]
+    SECOND_WORD: tl.constexpr = EXP_AVG[3]
+    word = words_of(keys, first, start, highs, 0, FIRST_WORD, CROSSES, WORDS, BLOCK)
+    word2 = words_of(keys, first, start, highs, 1, SECOND_WORD, CROSSES, WORDS, BLOCK)
+    new_m1, new_m2 = parts_of(m, m, m1, m2, (word2 & 0xFFFF).to(tl.int32), EXP_AVG)
+    new_v1, new_v2 = parts_of(v, v, v1, v2, (word >> 16).to(tl.int32), EXP_AVG_SQ)
+    new_p1, new_p2 = parts_of(p + u, u, p1, p2, (word & 0xFFFF).to(tl.int32), PARAM)
+    store_parts(m_at, start, mask, new_m1, new_m2, EXP_AVG, BLOCK, WHOLE)
+    store_parts(v_at, start, mask, new_v1, new_v2, EXP_AVG_SQ, BLOCK, WHOLE)
+    store_parts(p_at, start, mask, new_p1, new_p2, PARAM, BLOCK, WHOLE)
+    if AUDIT:
+        e = moved(new_p1, new_p2, p1, p2, PARAM)
+        e_hi = new_p1.to(tl.float64) - p1.to(tl.float64)
+        moved_v = moved(new_v1, new_v2, v1, v2, EXP_AVG_SQ)
+        old_v = exact(v1, v2, EXP_AVG_SQ)
+        return sums_of(mask, u.to(tl.float64), e, e_hi, g.to(tl.float64), old_v, moved_v, tl.load(beta2))
+    else:
+        return tl.zeros([SUMS], tl.float64)
+
+
+@triton.jit
+def load_parts(at, start, mask, STORED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """The two components of a role; twice the same where there is one."""
+    FIRST: tl.constexpr = STORED[1]
+    SECOND: tl.constexpr = STORED[2]
+    first = load(at[0], start, mask, BLOCK, FIRST, WHOLE)
+    if SECOND == "":
+        return first, first
+    else:
+        return first, load(at[1], start, mask, BLOCK, SECOND, WHOLE)
+
+
+@triton.jit
+def store_parts(at, start, mask, first, second, STORED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """The opposite of :func:`load_parts`."""
+    FIRST: tl.constexpr = STORED[1]
+    SECOND: tl.constexpr = STORED[2]
+    store(at[0], start, mask, first, BLOCK, FIRST, WHOLE)
+    if SECOND != "":
+        store(at[1], start, mask, second, BLOCK, SECOND, WHOLE)
+
+
+@triton.jit
+def words_of(
+    keys,
+    first,
+    start,
+    highs,
+    NUMBER: tl.constexpr,
+    WANTED: tl.constexpr,
+    CROSSES: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A random word for each element of the block at ``start`` of a tensor whose first element has the index ``first``;
+    zeros unless WANTED."""
+    if not WANTED:
+        return tl.zeros([BLOCK], tl.uint32)
+    else:
+        low = ((first + start) & 0xFFFFFFFF).to(tl.uint32)
+        index = low + tl.arange(0, BLOCK).to(tl.uint32)
+        high = ((first + start) >> 32) - (first >> 32)
+        first_key, second_key = load_keys(keys + (high * WORDS + NUMBER) * 2)
+        if CROSSES:
+            next_high = tl.minimum(high + 1, highs - 1)
+            next_first, next_second = load_keys(keys + (next_high * WORDS + NUMBER) * 2)
+            first_key = tl.where(index < low, next_first, first_key)
+            second_key = tl.where(index < low, next_second, second_key)
+        return random_word(index, first_key, second_key)
+
+
+@triton.jit
+def load_keys(at):
+    """The two keys of a stream, as uint32."""
+    return tl.load(at).to(tl.uint32, bitcast=True), tl.load(at + 1).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def sums_of(mask, u, e, e_hi, g, v, moved_v, beta2):
+    """``eager._sums`` of one block: float64 [SUMS]."""
+    wanted = mask & (u != 0)
+    decaying = mask & (v > 0) & (tl.abs((v * beta2 + (g * g) * (1.0 - beta2)) - v) > 0)
+    sums = column(0, tl.where(mask, e * u, 0.0)) + column(1, tl.where(mask, e_hi * u, 0.0))
+    sums += column(2, tl.where(mask, u * u, 0.0))
+    sums += column(3, wanted) + column(4, wanted & (e == 0)) + column(5, wanted & (e_hi == 0))
+    return sums + column(6, decaying) + column(7, decaying & (moved_v == 0))
+
+
+@triton.jit
+def column(NUMBER: tl.constexpr, terms):
+    """The total of the terms in one column of a row of sums."""
+    return tl.where(tl.arange(0, SUMS) == NUMBER, tl.sum(terms.to(tl.float64), 0), 0.0)
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def sums_kernel(sums, partials, shapes, scalars, count: tl.int64, blocks: tl.int64, LINES: tl.constexpr):
+    """Adds up the blocks of one tensor, in an order that depends on their number alone; zeros if the step was skipped.
+
+    Args:
+        sums: float64 [count, SUMS], written.
+        partials: float64 [blocks, SUMS].
+    """
+    tensor = tl.program_id(0).to(tl.int64)
+    line = tl.load(shapes + tensor * 3 + 2)
+    end = tl.load(shapes + tensor * 3 + 5, mask=tensor + 1 < count, other=blocks)
+    end = tl.where(tl.load(scalars + tensor * SCALARS + 8) != 0, line, end)
+    columns = tl.arange(0, SUMS)
+    total = tl.zeros([LINES, SUMS], tl.float64)
+    while line < end:
+        lines = line + tl.arange(0, LINES)[:, None]
+        total += tl.load(partials + lines * SUMS + columns[None, :], mask=lines < end, other=0.0)
+        line += LINES
+    tl.store(sums + tensor * SUMS + columns, tl.sum(total, 0))

@@ -1,0 +1,345 @@
+"""What Triton's interpreter makes of the kernels, bit by bit beside the definition.
+
+TRITON_INTERPRET must be set before triton is first imported, so that ``test_fused.py`` runs this file in a process of
+its own: ``TRITON_INTERPRET=1 python -m pytest tests/kernels/fused_values.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fused_batches import (
+    CASES,
+    HYPER,
+    LOW,
+    assert_same,
+    copy_of,
+    gradients,
+    layout_of,
+    make_batch,
+    normal,
+    step_both,
+    wild,
+)
+
+from collage.kernels import eager, fused
+from collage.kernels.contract import Inputs, Layout
+from collage.kernels.fused import elements, launching
+from collage.numerics import FP32, format_of, round_nearest, round_stochastic
+from collage.storage import Expansion, Kahan, Master, Rounded
+from comparing import bits
+
+
+@pytest.fixture(autouse=True)
+def no_numpy_warnings() -> Iterator[None]:
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quick_tails(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter's time goes by operations, not elements. One test takes tails in pieces as a GPU does.
+    monkeypatch.setattr(launching, "WARP", 128)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that were launched."""
+    names: list[str] = []
+    real = launching.launch
+
+    def launch(kernel: Any, *args: Any, **options: Any) -> None:
+        names.append(kernel.fn.__name__)
+        real(kernel, *args, **options)
+
+    monkeypatch.setattr(launching, "launch", launch)
+    return names
+
+
+SIZES = [1, 0, 1023, 1025]
+
+
+def test_the_kernels_can_run_here() -> None:
+    assert fused.unavailable() == ""
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), CASES)
+def test_steps_are_the_eager_ones(strategy: str, dtype: torch.dtype) -> None:
+    batch = make_batch(layout_of(strategy, dtype), dtype, SIZES)
+    other = copy_of(batch)
+    for step, kind in enumerate([dtype, torch.float32, dtype]):
+        step_both(batch, other, Inputs(HYPER, gradients(batch, kind, step), audit=step > 0))
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), CASES)
+def test_steps_are_the_eager_ones_for_any_bit_patterns(strategy: str, dtype: torch.dtype) -> None:
+    sizes = [1500, 33]
+    firsts, steps = [2**32 - 700, 7 * 2**32 - 3], [4.0, 30.0]
+    batch = make_batch(layout_of(strategy, dtype), dtype, sizes, wild, firsts, steps, seed=-(2**70) + 3)
+    other = copy_of(batch)
+    for step, (lr, decay, maximize) in enumerate([(10.0, 0.0, True), (1e-3, 0.5, False)]):
+        hyper = replace(HYPER, lr=lr, weight_decay=decay, maximize=maximize)
+        grads = gradients(batch, torch.float32 if step else dtype, step, wild)
+        step_both(batch, other, Inputs(hyper, grads))
+
+
+STORAGES = {
+    "param": [
+        Rounded(),
+        Rounded(rounding="stochastic"),
+        Kahan(),
+        Expansion(2),
+        Expansion(2, rounding="stochastic"),
+        Master(),
+    ],
+    "exp_avg": [Rounded(), Rounded(FP32), Expansion(2, rounding="stochastic")],
+    "exp_avg_sq": [Rounded(), Rounded(FP32), Expansion(2), Expansion(2, rounding="stochastic")],
+}
+LAYOUTS = [Layout(*storages) for storages in itertools.product(*STORAGES.values())]
+
+
+@pytest.mark.parametrize("number", range(len(LAYOUTS)))
+def test_any_combination_of_storages_steps_as_the_eager_one(number: int) -> None:
+    layout, dtype = LAYOUTS[number], LOW[number % 2]
+    assert fused.serves(layout, dtype)
+    batch = make_batch(layout, dtype, [400], wild, steps=[2.0])
+    step_both(batch, copy_of(batch), Inputs(HYPER, gradients(batch, dtype, number, wild)))
+
+
+@pytest.mark.parametrize("number", range(0, len(LAYOUTS), 3))
+def test_any_combination_of_storages_has_the_eager_sums(number: int) -> None:
+    layout, dtype = LAYOUTS[number], LOW[number % 2]
+    batch = make_batch(layout, dtype, [400])
+    step_both(batch, copy_of(batch), Inputs(HYPER, gradients(batch, dtype, number), audit=True))
+
+
+@pytest.mark.parametrize("strategy", ["stochastic", "plus", "plain", "mixed"])
+def test_tails_and_unaligned_tensors_are_taken_in_pieces_with_the_same_bits(strategy: str, monkeypatch) -> None:
+    monkeypatch.setattr(launching, "WARP", 32)
+    dtype = torch.bfloat16
+    batch = make_batch(layout_of(strategy, dtype), dtype, [1025, 1040], firsts=[2**32 - 1024, 2**33 - 100])
+    other = copy_of(batch)
+    moved = torch.cat([other.params[1], other.params[1]])[3 : 3 + 1040].copy_(other.params[1])
+    assert moved.data_ptr() % 16 != 0
+    other.params = [other.params[0], moved]
+    step_both(batch, other, Inputs(HYPER, gradients(batch, dtype, 0), audit=True))
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 2100, 2**32 - 1024, 2**32 - 1, 2**32, 5 * 2**32 - 1025, 2**40 - 7])
+@pytest.mark.parametrize("strategy", ["stochastic", "plus"])
+def test_random_bits_are_those_of_the_64_bit_index(strategy: str, first: int) -> None:
+    batch = make_batch(layout_of(strategy, torch.bfloat16), torch.bfloat16, [2100, 5], firsts=[first, 0])
+    step_both(batch, copy_of(batch), Inputs(HYPER, gradients(batch, torch.bfloat16, 0)))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_learning_rate_on_the_device_counts_instead_of_the_number(kind: torch.dtype) -> None:
+    batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, [300])
+    other = copy_of(batch)
+    for step in range(2):
+        lr = torch.tensor(0.1 / (step + 3), dtype=kind)
+        grads = gradients(batch, torch.bfloat16, step)
+        plain = Inputs(replace(HYPER, lr=float(lr)), grads)
+        step_both(batch, other, Inputs(replace(HYPER, lr=9.0), grads, lr=lr), plain)
+
+
+def test_numbers_reach_the_device_in_float64() -> None:
+    # Each of these rounds otherwise by way of float32.
+    hyper = replace(HYPER, lr=1 / 3, beta1=0.9 + 2**-40, beta2=1 - 1e-9, weight_decay=1 / 7, eps=1e-300)
+    batch = make_batch(layout_of("fp32", torch.float32), torch.float32, [400])
+    other = copy_of(batch)
+    for step in range(3):
+        step_both(batch, other, Inputs(hyper, gradients(batch, torch.float32, step)))
+
+
+@pytest.mark.parametrize("audit", [True, False])
+def test_a_step_with_found_inf_changes_and_counts_nothing(audit: bool) -> None:
+    batch = make_batch(layout_of("plus", torch.float16), torch.float16, [300, 0, 40])
+    other = copy_of(batch)
+    for step, found in enumerate([0.0, 1.0, 0.0]):
+        inputs = Inputs(HYPER, gradients(batch, torch.float16, step), found_inf=torch.tensor(found), audit=audit)
+        if found:
+            sums = fused.step(other, inputs)
+            assert_same(batch, other)
+            assert sums is None or (sums == 0).all()
+        else:
+            step_both(batch, other, inputs)
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32])
+def test_gradients_are_divided_by_the_loss_scale(dtype: torch.dtype) -> None:
+    batch = make_batch(layout_of("plus", dtype), dtype, [300])
+    other = copy_of(batch)
+    for step, scale in enumerate([65536.0, 3.0]):
+        grads = gradients(batch, dtype, step, wild if step else normal)
+        step_both(batch, other, Inputs(HYPER, grads, grad_scale=torch.tensor(scale), audit=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_without_learning_rate_keeps_the_signs_of_zeros(dtype: torch.dtype) -> None:
+    batch = make_batch(layout_of("plain", dtype), dtype, [64], lambda n, kind, seed: -torch.zeros(n, dtype=kind))
+    for maximize in (True, False):
+        for sign in (1.0, -1.0):
+            hyper = replace(HYPER, lr=0.0, weight_decay=0.0, maximize=maximize)
+            inputs = Inputs(hyper, [torch.zeros(64, dtype=dtype) * sign])
+            step_both(copy_of(batch), copy_of(batch), inputs)
+
+
+def test_powers_of_the_betas_follow_every_change_of_betas_and_steps() -> None:
+    batch = make_batch(layout_of("fp32", torch.float32), torch.float32, [40, 40, 40], steps=[0.0, 17.0, 60.0])
+    other = copy_of(batch)
+    for step, (beta1, beta2, back) in enumerate(
+        [
+            (0.9, 0.999, 0),
+            (0.9, 0.999, 0),
+            (0.9, 0.999, 4),
+            (0.8, 0.999, 0),
+            (0.8, 0.99, 1),
+            (0.0, 0.0, 0),
+            (0.9, 0.999, 3),
+        ]
+    ):
+        for each in (batch, other):
+            each.steps[1] -= back
+        grads = gradients(batch, torch.float32, step)
+        step_both(batch, other, Inputs(replace(HYPER, beta1=beta1, beta2=beta2), grads))
+
+
+def test_an_eager_step_between_two_others_changes_nothing() -> None:
+    batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, [100])
+    other = copy_of(batch)
+    for step in range(3):
+        inputs = Inputs(HYPER, gradients(batch, torch.bfloat16, step))
+        eager.step(batch, inputs)
+        (eager if step == 1 else fused).step(other, inputs)
+        assert_same(batch, other)
+
+
+def test_gradients_of_two_dtypes_may_stand_in_one_batch() -> None:
+    batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, [1030, 9])
+    grads = [normal(1030, torch.bfloat16, 1), normal(9, torch.float32, 2)]
+    step_both(batch, copy_of(batch), Inputs(HYPER, grads))
+
+
+def test_an_epsilon_of_zero_gives_the_eager_nans() -> None:
+    batch = make_batch(layout_of("light", torch.bfloat16), torch.bfloat16, [50])
+    grads = gradients(batch, torch.bfloat16, 0)
+    grads[0][::3] = 0
+    step_both(batch, copy_of(batch), Inputs(replace(HYPER, eps=0.0), grads, audit=True))
+
+
+def test_many_tensors_are_stepped_in_one_launch(launches: list[str]) -> None:
+    batch = make_batch(layout_of("light", torch.bfloat16), torch.bfloat16, [3] * 40)
+    other = copy_of(batch)
+    step_both(batch, other, Inputs(HYPER, gradients(batch, torch.bfloat16, 0)))
+    assert launches == ["advance_kernel", "step_kernel"]
+    launches.clear()
+    step_both(batch, other, Inputs(HYPER, gradients(batch, torch.bfloat16, 1), audit=True))
+    assert launches == ["advance_kernel", "step_kernel", "sums_kernel"]
+
+
+def test_sums_add_up_many_blocks_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "BLOCK", 128)
+    monkeypatch.setattr(launching, "ROWS", 8)
+    batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, [1200, 10, 300])
+    others = [copy_of(batch) for _ in range(2)]
+    inputs = Inputs(HYPER, gradients(batch, torch.bfloat16, 0), audit=True)
+    step_both(batch, others[0], inputs)
+    again = copy_of(others[1])
+    first, second = fused.step(others[1], inputs), fused.step(again, inputs)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("audit", [True, False])
+def test_batches_without_elements_are_counted(audit: bool) -> None:
+    for sizes in ([], [0], [0, 0]):
+        batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, sizes)
+        step_both(batch, copy_of(batch), Inputs(HYPER, gradients(batch, torch.bfloat16, 0), audit=audit))
+
+
+def test_addresses_are_uploaded_again_only_when_one_has_changed() -> None:
+    batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, [40, 50])
+    other = copy_of(batch)
+    grads = gradients(batch, torch.bfloat16, 0)
+    for expected in (1, 1, 1):
+        step_both(batch, other, Inputs(HYPER, grads))
+        assert other.kept["triton"].uploads == expected
+    grads[1] = grads[1].clone()
+    step_both(batch, other, Inputs(HYPER, grads))
+    assert other.kept["triton"].uploads == 2
+    other.states[0]["param_lo"] = other.states[0]["param_lo"].clone()
+    step_both(batch, other, Inputs(HYPER, grads))
+    assert other.kept["triton"].uploads == 3
+
+
+def test_a_graph_that_is_captured_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, [40, 50])
+    other = copy_of(batch)
+    capturing = [True]
+    monkeypatch.setattr(launching.Tables, "_capturing", lambda tables: capturing[0])
+    outside, inside = (gradients(batch, torch.bfloat16, step) for step in range(2))
+    with pytest.raises(RuntimeError, match="at least one step before capturing"):
+        fused.step(other, Inputs(HYPER, outside))
+    for grads, within in [(outside, False), (inside, True), (outside, False)]:
+        capturing[0] = within
+        step_both(batch, other, Inputs(HYPER, grads))
+    # What was captured stands in no other step's way.
+    tables = other.kept["triton"]
+    assert tables.uploads == 1
+    (_, table), *more = tables._captured
+    assert not more
+    assert table[:, 0].tolist() == [grad.data_ptr() for grad in inside]
+    capturing[0] = True
+    step_both(batch, other, Inputs(HYPER, inside))
+    with pytest.raises(RuntimeError, match="outside before each capture"):
+        fused.step(other, Inputs(HYPER, inside))
+
+
+def test_a_null_step_changes_nothing_in_one_launch(launches: list[str]) -> None:
+    sizes = [1, 3, 0, 4096, 9001, 5000]
+    written = [wild(size, dtype, i) for i, (size, dtype) in enumerate(itertools.product(sizes, [*LOW, torch.float32]))]
+    read = [wild(size, torch.bfloat16, 90 + i) for i, size in enumerate([40_000, 7, 9001])]
+    before = [tensor.clone() for tensor in (*written, *read)]
+    fused.null_step(written, read)
+    for tensor, kept in zip((*written, *read), before, strict=True):
+        assert torch.equal(tensor.view(torch.uint8), kept.view(torch.uint8))
+    fused.null_step(written, [])
+    assert launches == ["null_kernel"] * 2
+
+
+@triton.jit
+def round_kernel(values, draws, nearest, stochastic, FORMAT: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    x = tl.load(values + at)
+    tl.store(nearest + at, elements.nearest(x, FORMAT))
+    rounded = elements.rounded_number(x, tl.load(draws + at), FORMAT, True)
+    tl.store(stochastic + at, elements.or_nan(x, rounded, FORMAT))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_rounding_is_that_of_the_definition(dtype: torch.dtype) -> None:
+    count = 1 << 18
+    generator = torch.Generator().manual_seed(1)
+    # Every sign and exponent, with random and with critical significands.
+    top = torch.arange(512).repeat_interleave(count // 512) << 23
+    low = torch.randint(0, 1 << 23, (count,), generator=generator)
+    zeros = torch.randint(0, 24, (count,), generator=generator)
+    low = torch.where(low % 3 == 0, low >> zeros << zeros, low) + torch.randint(-1, 2, (count,), generator=generator)
+    x = (top + low.clamp(0, (1 << 23) - 1)).to(torch.int64).to(torch.int32).view(torch.float32)
+    draws = torch.randint(0, 1 << 16, (count,), generator=generator, dtype=torch.int32)
+    draws[::7], draws[1::7] = 0, (1 << 16) - 1
+    nearest, stochastic = torch.empty(count), torch.empty(count)
+    fmt = format_of(dtype)
+    launching.launch(round_kernel, 1, x, draws, nearest, stochastic, FORMAT=fmt.name, SIZE=count)
+    assert torch.equal(bits(nearest), bits(round_nearest(x, fmt).float()))
+    assert torch.equal(bits(stochastic), bits(round_stochastic(x, fmt, draws).float()))

@@ -1,0 +1,107 @@
+"""The Triton backend: where it runs, what it serves, and its kernels' values in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fused_batches import CASES, layout_of
+
+import collage
+from collage.kernels import fused
+from collage.kernels.contract import DRAWS, SUMS, Layout
+from collage.kernels.fused import tables
+from collage.kernels.fused.forms import FORMS, all_stored
+from collage.numerics import FP16, FP32
+from collage.storage import Expansion, Kahan, Master, Rounded
+
+ROUNDED = Rounded()
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+def test_interpreted_kernels_are_bit_equal_to_the_eager_step() -> None:
+    """Runs ``fused_values.py`` in a process of its own: see there."""
+    file = Path(__file__).parent / "fused_values.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=file.parents[2], timeout=580)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"^(\d+) passed in", done.stdout, re.MULTILINE)
+    assert passed is not None, done.stdout[-2000:]
+    assert int(passed[1]) > 100
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), CASES)
+def test_every_strategy_is_served(strategy: str, dtype: torch.dtype) -> None:
+    assert fused.serves(layout_of(strategy, dtype), dtype)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        (Layout(Expansion(3), ROUNDED, ROUNDED), torch.bfloat16),
+        (Layout(Rounded(FP32), ROUNDED, ROUNDED), torch.bfloat16),
+        (Layout(Rounded(FP16), ROUNDED, ROUNDED), torch.bfloat16),
+        (Layout(ROUNDED, Kahan(), ROUNDED), torch.bfloat16),
+        (Layout(ROUNDED, ROUNDED, Master()), torch.bfloat16),
+        (Layout(Rounded(rounding="stochastic"), ROUNDED, ROUNDED), torch.float32),
+        (Layout(Expansion(2), ROUNDED, ROUNDED), torch.float32),
+        (Layout(ROUNDED, ROUNDED, Rounded("e4m3fn")), torch.bfloat16),
+        (Layout(ROUNDED, ROUNDED, ROUNDED), torch.float64),
+    ],
+)
+def test_what_the_kernels_do_not_cover_is_not_served(layout: Layout, dtype: torch.dtype) -> None:
+    assert not fused.serves(layout, dtype)
+
+
+def test_a_storage_is_described_by_its_components() -> None:
+    found = all_stored(layout_of("mixed", torch.float16), torch.float16)
+    assert found == (("master", "fp16", "fp32", False), ("rounded", "fp32", "", False), ("rounded", "fp32", "", False))
+    assert set(FORMS) == {Rounded, Expansion, Kahan, Master}
+
+
+def test_the_kernels_know_the_contracts_records() -> None:
+    # step_block draws, and sums_of adds up, in this order.
+    assert DRAWS == {"param": 0, "exp_avg_sq": 1, "exp_avg": 2}
+    assert len(SUMS) == 8
+    assert SUMS[:3] == ("moved_dot_update", "moved_hi_dot_update", "update_dot_update")
+    assert SUMS[3:] == ("updates", "lost", "lost_hi", "decays", "lost_decays")
+    assert (tables.SCALARS, tables.POWERS, tables.ADDRESSES) == (9, 5, 7)
+
+
+def test_importing_collage_and_asking_for_the_backend_loads_no_triton() -> None:
+    code = (
+        "import sys, torch\nbefore = set(sys.modules)\nimport collage\nfrom collage.kernels import fused\n"
+        "fused.unavailable(), fused.serves(collage.strategies()['plus'].layout(torch.bfloat16), torch.bfloat16)\n"
+        "assert not [name for name in set(sys.modules) - before if name.split('.')[0] == 'triton']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reasons_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in fused.unavailable()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "TRITON_INTERPRET=1" in fused.unavailable()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert fused.unavailable() == ""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Turing")
+    for capability, reason in [((7, 5), "Turing has compute capability 7.5"), ((8, 0), ""), ((12, 1), "")]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert fused.unavailable().startswith(reason)
+        assert bool(fused.unavailable()) == bool(reason)
+
+
+def test_the_public_record_of_strategies_is_what_is_swept() -> None:
+    assert {strategy for strategy, _ in CASES} == set(collage.strategies())

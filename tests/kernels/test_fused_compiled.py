@@ -1,0 +1,195 @@
+"""The Triton kernels compiled for NVIDIA GPUs, without one: roundings, accesses, registers, recompilation.
+
+A driver that loads and launches nothing stands in for a GPU's, so that the step's own calls are what is compiled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fused_batches import HYPER, gradients, layout_of, make_batch, normal
+
+from collage.kernels import fused
+from collage.kernels.contract import Hyper, Inputs
+from collage.kernels.fused.forms import all_stored
+from comparing import STRATEGIES, dtype_of
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
+
+from collage.kernels.fused import advance, launching, null, update  # noqa: E402, they import triton
+
+
+class Driver:
+    """Compiles for one capability and takes down what is launched."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+        self.launched: list[str] = []
+        loaded = (None, "function", 0, 0, 1024)
+        properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, kernel, shared, device: loaded, get_device_properties=lambda device: properties
+        )
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # The caches of kernels go by device.
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    @property
+    def compiled(self) -> list[Any]:
+        """All that has been compiled, in the order of KERNELS."""
+        return [each for kernel in KERNELS for cache in kernel.device_caches.values() for each in cache[0].values()]
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *args: self.launched.append(metadata.name)
+
+
+KERNELS = (advance.advance_kernel, update.step_kernel, update.sums_kernel, null.null_kernel)
+
+
+@pytest.fixture
+def driver(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    driver = Driver(getattr(request, "param", 90))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+    yield driver
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+
+
+def stepped(driver: Driver, strategy: str, dtype: torch.dtype, grad: torch.dtype, audit: bool = False) -> list[Any]:
+    """The kernels that a step of one strategy compiles."""
+    batch = make_batch(layout_of(strategy, dtype), dtype, [5000])
+    fused.step(batch, Inputs(HYPER, gradients(batch, grad, 0), audit=audit))
+    return driver.compiled
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers, stack and local memory of the compiled code."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    done = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    assert set(found) == {"REG", "STACK", "LOCAL"}, done.stdout
+    return found
+
+
+def operations(kernel: Any) -> str:
+    """The PTX without its debug sections."""
+    return kernel.asm["ptx"].split(".section")[0]
+
+
+def wide_accesses(stored: Any, dtype: torch.dtype, grad: torch.dtype) -> tuple[int, int]:
+    """16-byte loads and stores of a thread in a whole block, if no access is narrower."""
+    per_thread = launching.BLOCK // 32 // launching._warps(stored)
+    sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
+    written = [sizes[name] for each in stored for name in (each.first, each.second) if name]
+    # The copy beside a master is not looked at.
+    read = [*written, grad.itemsize]
+    if stored[0].kind == "master":
+        read.remove(dtype.itemsize)
+    return tuple(sum(per_thread * size // 16 for size in each if per_thread * size >= 16) for each in (read, written))
+
+
+@pytest.mark.parametrize("driver", [80, 90], indirect=True, ids="sm{}".format)
+@pytest.mark.parametrize(
+    ("strategy", "own"), [*((name, True) for name in STRATEGIES), ("plain", False), ("plus", False)]
+)
+def test_every_strategy_rounds_as_written_in_16_byte_accesses_and_registers(
+    driver: Driver, strategy: str, own: bool, tmp_path: Path
+) -> None:
+    dtype = dtype_of(strategy)
+    grad = dtype if own else torch.float32
+    advance, step = stepped(driver, strategy, dtype, grad)
+    for kernel in (advance, step):
+        assert not kernel.metadata.enable_fp_fusion
+        wrong = re.findall(r"\b(?:fma|mad)\.\S*f(?:32|64)|div\.full|\bapprox\b|\.approx|\.ftz", operations(kernel))
+        assert not wrong
+    assert {"div.rn.f64", "sqrt.rn.f64", "mul.rn.f64"} <= set(re.findall(r"[\w.]+", operations(advance)))
+    text = operations(step)
+    # Two paths: whole blocks, and one element per thread.
+    per_thread = launching.BLOCK // 32 // step.metadata.num_warps
+    assert text.count("div.rn.f32") == text.count("sqrt.rn.f32") == per_thread + 1
+    loads, stores = wide_accesses(all_stored(layout_of(strategy, dtype), dtype), dtype, grad)
+    assert len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", text)) == loads
+    assert len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", text)) == stores
+    assert "shared" not in text, "a conversion between layouts"
+    used = resources(step, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, "registers spill"
+    assert used["REG"] <= 96
+    print(f"{strategy} {grad} sm{driver.target.arch}: {used['REG']} registers")
+
+
+@pytest.mark.parametrize("strategy", ["plain", "plus", "kahan", "mixed"])
+def test_an_audited_step_spills_nothing(driver: Driver, strategy: str, tmp_path: Path) -> None:
+    _, step, sums = stepped(driver, strategy, torch.bfloat16, torch.bfloat16, audit=True)
+    for kernel in (step, sums):
+        used = resources(kernel, tmp_path)
+        assert used["STACK"] == used["LOCAL"] == 0
+        assert not re.findall(r"\bfma\.\S*f(?:32|64)", operations(kernel))
+    print(f"{strategy}: {resources(step, tmp_path)['REG']} registers")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+@pytest.mark.parametrize("strategy", ["stochastic", "plus", "kahan"])
+def test_float16_rounds_by_the_conversion_to_nearest(driver: Driver, strategy: str, dtype, tmp_path: Path) -> None:
+    _, step = stepped(driver, strategy, dtype, dtype)
+    text = operations(step)
+    assert set(re.findall(r"cvt\.\w+\.f16\S*f32", text)) <= {"cvt.rn.f16.f32", "cvt.rn.f16x2.f32"}
+    assert "cvt.rn.f16" in text
+    used = resources(step, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    print(f"{strategy}: {used['REG']} registers")
+
+
+def test_a_null_step_is_not_optimised_away(driver: Driver, tmp_path: Path) -> None:
+    fused.null_step([normal(9000, torch.bfloat16, 0)], [normal(9000, torch.bfloat16, 1)])
+    (kernel,) = driver.compiled
+    text = operations(kernel)
+    per_thread = launching.NULL_BYTES // 128 // 16
+    assert text.count("ld.global.v4.b32") == 2 * per_thread
+    assert text.count("st.global.v4.b32") == per_thread
+    assert resources(kernel, tmp_path)["LOCAL"] == 0
+
+
+def test_new_numbers_gradients_and_counts_compile_nothing_new(driver: Driver) -> None:
+    layout = layout_of("plus", torch.bfloat16)
+    seeds = itertools.count()
+    lr = torch.zeros(8)
+    for sizes, value, decay in [
+        ([5000], 1e-3, 0.1),
+        ([16, 32, 1], 0.0, 0.0),
+        ([64] * 16, 1.0, 1.0),
+        ([7], 1e30, 5e-324),
+    ]:
+        hyper = Hyper(value, beta1=value and 0.9, beta2=0.999, eps=value, weight_decay=decay)
+        batch = make_batch(
+            layout, torch.bfloat16, sizes, seed=next(seeds) * 2**40, steps=[float(next(seeds))] * len(sizes)
+        )
+        fused.step(batch, Inputs(hyper, gradients(batch, torch.bfloat16, 0)))
+        assert len(driver.compiled) == 2
+    for place in range(3):
+        batch.steps = torch.zeros(9)[place + 1 : place + 2]
+        tensors = {"lr": lr[place], "found_inf": lr[place + 1], "grad_scale": lr[place + 2]}
+        fused.step(batch, Inputs(hyper, gradients(batch, torch.bfloat16, 0), **tensors))
+        assert len(driver.compiled) == 4
+    assert driver.launched == ["advance_kernel", "step_kernel"] * 7

@@ -1,0 +1,132 @@
+"""The Triton step on a GPU, bit by bit beside the eager one on the same GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from fused_batches import (
+    CASES,
+    HYPER,
+    LOW,
+    assert_same,
+    copy_of,
+    gradients,
+    layout_of,
+    make_batch,
+    normal,
+    step_both,
+    wild,
+)
+
+from collage.kernels import eager, fused
+from collage.kernels.contract import Inputs
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch finds none here"),
+    pytest.mark.skipif(bool(fused.unavailable()), reason=f"the Triton step cannot run: {fused.unavailable()}"),
+]
+SIZES = [1, 7, 0, 1023, 1024, 1025, 4099, 300_000]
+
+
+@pytest.fixture
+def synchronisation_is_an_error() -> Iterator[Callable[[], None]]:
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), CASES)
+def test_steps_are_the_eager_ones(strategy: str, dtype: torch.dtype) -> None:
+    batch = make_batch(layout_of(strategy, dtype), dtype, SIZES, device="cuda")
+    other = copy_of(batch)
+    for step, kind in enumerate([dtype, torch.float32, dtype]):
+        step_both(batch, other, Inputs(HYPER, gradients(batch, kind, step), audit=step > 0))
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), CASES)
+def test_steps_are_the_eager_ones_for_any_bit_patterns(strategy: str, dtype: torch.dtype) -> None:
+    firsts, steps = [2**32 - 70_000, 7 * 2**32 - 3], [4.0, 100_000.0]
+    batch = make_batch(layout_of(strategy, dtype), dtype, [200_003, 33], wild, firsts, steps, "cuda", seed=-(2**70) + 3)
+    other = copy_of(batch)
+    for step, (lr, decay, maximize) in enumerate([(10.0, 0.0, True), (1e-3, 0.5, False)]):
+        hyper = replace(HYPER, lr=lr, weight_decay=decay, maximize=maximize)
+        step_both(batch, other, Inputs(hyper, gradients(batch, torch.float32 if step else dtype, step, wild)))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_steps_on_the_gpu_are_those_on_the_cpu(dtype: torch.dtype) -> None:
+    batch = make_batch(layout_of("plus", dtype), dtype, SIZES)
+    other = make_batch(batch.layout, dtype, SIZES, device="cuda")
+    for step in range(2):
+        eager.step(batch, Inputs(HYPER, gradients(batch, dtype, step)))
+        fused.step(other, Inputs(HYPER, gradients(other, dtype, step)))
+    params = [param.cpu() for param in other.params]
+    states = [{name: value.cpu() for name, value in state.items()} for state in other.states]
+    assert_same(batch, replace(other, params=params, states=states, steps=other.steps.cpu()))
+
+
+def test_unaligned_tensors_step_as_aligned_ones() -> None:
+    batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, [5000], device="cuda")
+    other = copy_of(batch)
+    other.params = [torch.cat([other.params[0], other.params[0]])[5000 - 3 : -3].copy_(batch.params[0])]
+    assert other.params[0].data_ptr() % 16 != 0
+    step_both(batch, other, Inputs(HYPER, gradients(batch, torch.bfloat16, 0)))
+
+
+@pytest.mark.parametrize("strategy", ["plain", "plus", "mixed"])
+def test_a_step_waits_for_nothing(strategy: str, synchronisation_is_an_error: Callable[[], None]) -> None:
+    batch = make_batch(layout_of(strategy, torch.bfloat16), torch.bfloat16, SIZES, device="cuda")
+    lr, found = torch.tensor(1e-3, device="cuda"), torch.zeros((), device="cuda")
+    every = [gradients(batch, torch.bfloat16, step) for step in range(3)]
+    fused.step(batch, Inputs(HYPER, every[0], lr=lr, found_inf=found, audit=True))
+    synchronisation_is_an_error()
+    for grads in every:
+        # Other addresses each time.
+        fused.step(batch, Inputs(HYPER, grads, lr=lr, found_inf=found))
+    fused.step(batch, Inputs(replace(HYPER, beta1=0.8), every[0], lr=lr, audit=True))
+
+
+def test_a_step_allocates_nothing_while_addresses_stay() -> None:
+    batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, SIZES, device="cuda")
+    inputs = Inputs(HYPER, gradients(batch, torch.bfloat16, 0))
+    fused.step(batch, inputs)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(3):
+        fused.step(batch, inputs)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert batch.kept["triton"].uploads == 1
+
+
+@pytest.mark.parametrize("strategy", ["stochastic", "plus", "mixed"])
+def test_a_replayed_graph_steps_as_the_steps_would(strategy: str) -> None:
+    batch = make_batch(layout_of(strategy, torch.bfloat16), torch.bfloat16, SIZES, device="cuda")
+    other = copy_of(batch)
+    lr = torch.tensor(1e-2, dtype=torch.float64, device="cuda")
+    grads = gradients(batch, torch.bfloat16, 0)
+    # One step outside, with other gradients, compiles the same kernels.
+    step_both(batch, other, Inputs(HYPER, gradients(batch, torch.bfloat16, 9), lr=lr))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fused.step(other, Inputs(HYPER, grads, lr=lr))
+    assert_same(batch, other)
+    for step in range(4):
+        lr.fill_(1e-2 / (step + 1))
+        for grad, value in zip(grads, gradients(batch, torch.bfloat16, step), strict=True):
+            grad.copy_(value)
+        eager.step(batch, Inputs(replace(HYPER, lr=float(lr)), grads))
+        graph.replay()
+        assert_same(batch, other)
+        if step == 1:
+            # A step between replays, with addresses of its own.
+            step_both(batch, other, Inputs(HYPER, gradients(batch, torch.bfloat16, 77)))
+
+
+def test_a_null_step_changes_nothing() -> None:
+    written = [wild(size, torch.bfloat16, i).cuda() for i, size in enumerate([1, 0, 4096, 100_001])]
+    read = [normal(70_001, torch.float32, 9).cuda()]
+    before = [tensor.clone() for tensor in written]
+    fused.null_step(written, read)
+    assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(written, before, strict=True))

@@ -1,0 +1,125 @@
+"""One of two processes that train sharded parameters and compare with one process: run by test_sharded.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import collage
+from comparing import bits, values
+
+SHAPES = [(37, 24), (33, 24), (24,), (1, 24), (5, 3, 4)]
+
+
+def grads(step: int) -> list[torch.Tensor]:
+    return [values(shape, 10 * step + i + 20) for i, shape in enumerate(SHAPES)]
+
+
+def start() -> list[torch.Tensor]:
+    return [values(shape, i) for i, shape in enumerate(SHAPES)]
+
+
+def optimizer(params: list[nn.Parameter], strategy: str) -> collage.AdamW:
+    return collage.AdamW(params, lr=1e-3, weight_decay=0.1, strategy=strategy, seed=9)
+
+
+def alone(strategy: str, steps: int) -> collage.AdamW:
+    params = [nn.Parameter(value) for value in start()]
+    opt = optimizer(params, strategy)
+    for step in range(steps):
+        for param, grad in zip(params, grads(step), strict=True):
+            param.grad = grad
+        opt.step()
+    return opt
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_equal(opt: collage.AdamW, reference: collage.AdamW) -> None:
+    for mine, theirs in zip(opt.param_groups[0]["params"], reference.param_groups[0]["params"], strict=True):
+        assert torch.equal(bits(whole(mine)), bits(theirs)), "parameters differ"
+        for name, wanted in reference.state[theirs].items():
+            found = whole(opt.state[mine][name])
+            assert found.dtype == wanted.dtype, name
+            assert torch.equal(bits(found), bits(wanted)), f"{name} differs"
+
+
+def placed(strategy: str, placements: list[Shard | Replicate]) -> None:
+    """Parameters sharded along the given dimensions, uneven shards included, step as whole ones."""
+    mesh = init_device_mesh("cpu", (2,))
+    where = [
+        p if not isinstance(p, Shard) or p.dim < len(s) else Replicate()
+        for p, s in zip(placements, SHAPES, strict=True)
+    ]
+    params = [nn.Parameter(distribute_tensor(value, mesh, [p])) for value, p in zip(start(), where, strict=True)]
+    opt = optimizer(params, strategy)
+    for step in range(3):
+        for param, grad, place in zip(params, grads(step), where, strict=True):
+            param.grad = distribute_tensor(grad, mesh, [place])
+        opt.step()
+    reference = alone(strategy, 3)
+    assert_equal(opt, reference)
+    for mine, theirs in zip(params, reference.param_groups[0]["params"], strict=True):
+        assert torch.equal(bits(whole(opt.full_param(mine))), bits(reference.full_param(theirs)))
+
+
+def fsdp(strategy: str) -> None:
+    """fully_shard, its checkpoint's zero step, and loading on."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(24, 37, bias=False), nn.Linear(37, 3)).to(torch.bfloat16)
+
+    mesh = init_device_mesh("cpu", (2,))
+    x = values((4, 24), 3, spread=1.0)
+
+    def train(net: nn.Module, opt: collage.AdamW, steps: int) -> None:
+        for _ in range(steps):
+            net(x).float().square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+
+    one, sharded, loaded = model(), model(), model()
+    for net in (sharded, loaded):
+        fully_shard(net, mesh=mesh)
+    opts = [optimizer(list(net.parameters()), strategy) for net in (one, sharded, loaded)]
+    train(one, opts[0], 2)
+    train(sharded, opts[1], 2)
+    assert_equal(opts[1], opts[0])
+    state = get_optimizer_state_dict(sharded, opts[1])
+    for mine, theirs in zip(loaded.parameters(), sharded.parameters(), strict=True):
+        mine.data.copy_(theirs.data)
+    set_optimizer_state_dict(loaded, opts[2], state)
+    train(one, opts[0], 2)
+    train(sharded, opts[1], 2)
+    train(loaded, opts[2], 2)
+    assert_equal(opts[1], opts[0])
+    assert_equal(opts[2], opts[0])
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for strategy in sys.argv[1:]:
+        for dim in (0, 1):
+            placed(strategy, [Shard(dim)] * len(SHAPES))
+        placed(strategy, [Replicate()] * len(SHAPES))
+        fsdp(strategy)
+        if dist.get_rank() == 0:
+            print(f"{strategy}: equal")
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Sharded parameters step on their local parts and have the bits of whole ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from collage.optim.batches import runs
+from comparing import LOW, values
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "PYTHONPATH": os.pathsep.join([str(WORKER.parent.parent), os.environ.get("PYTHONPATH", "")]),
+}
+
+
+def test_two_processes_with_sharded_parameters_have_the_bits_of_one() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(WORKER),
+        *LOW,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == [f"{name}: equal" for name in LOW]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4)])
+def test_a_whole_parameter_is_one_run(shape: tuple[int, ...]) -> None:
+    param = nn.Parameter(values(shape, 0))
+    assert runs(param) == [(0, 0, param.numel())]
