@@ -16,7 +16,7 @@ from matplotlib.text import Text
 
 from collage.optim.strategies import strategies
 from collage.report.groups import Group, group_runs
-from collage.report.plots import PLOTS, _rc, render
+from collage.report.plots import PLOTS, render, theme_settings
 from collage.report.runs import read_runs
 from collage.report.stats import group_curve
 from collage.report.style import DARK, LIGHT, Theme, lines
@@ -36,7 +36,7 @@ def groups(make_run: MakeRun, tmp_path: Path) -> list[Group]:
 
 def drawn(stem: str, groups: list[Group], theme: Theme = LIGHT) -> Figure | None:
     (plot,) = (plot for plot in PLOTS if plot.stem == stem)
-    with rc_context(_rc(theme)):
+    with rc_context(theme_settings(theme)):
         figure = plot.draw(list(zip(groups, lines(groups, theme), strict=True)), theme)
         if figure is not None:
             FigureCanvasAgg(figure).draw()
