@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef COLLAGE_X86
+#include <cpuid.h>
+#endif
+
 #include "kernel.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -13,6 +17,14 @@ extern const collage_kernels collage_kernels_avx2, collage_kernels_avx512;
 #endif
 
 namespace {
+
+#ifdef COLLAGE_X86
+// Not every compiler's __builtin_cpu_supports knows the name.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 struct Isa {
     const char *name;
@@ -28,7 +40,7 @@ const Isa ISAS[] = {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {"avx2", &collage_kernels_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }},
+    {"avx2", &collage_kernels_avx2, [] { return __builtin_cpu_supports("avx2") && has_f16c(); }},
 #endif
     {"portable", &collage_kernels_portable, [] { return true; }},
 };

@@ -53,24 +53,28 @@ class Backend:
 
 def backends() -> dict[str, Backend]:
     """What can run here, and why the others cannot."""
-    no_native, no_triton = native.unavailable(), fused.unavailable()
-    return {
-        "eager": Backend("eager", True),
-        "native": Backend("native", not no_native, no_native, ("cpu",), ", ".join(native.instruction_sets())),
-        "triton": Backend("triton", not no_triton, no_triton, fused.devices()),
-    }
+    return {name: _backend(name) for name in _STEPS}
+
+
+def _backend(name: str) -> Backend:
+    if name == "eager":
+        return Backend(name, True)
+    module = _MODULES[name]
+    reason = module.unavailable()
+    detail = ", ".join(native.instruction_sets()) if name == "native" else ""
+    return Backend(name, not reason, reason, module.devices(), detail)
 
 
 def check_backend(name: str | None) -> None:
     """Raises ValueError unless ``name`` is None (chosen by device) or a backend that can run here."""
-    if name is None or name == "eager":
+    if name is None:
         return
-    known = backends()
-    if name not in known:
-        raise ValueError(f"backend must be None or one of {', '.join(known)}, got {name!r}")
-    if not known[name].available:
-        usable = ", ".join(each.name for each in known.values() if each.available)
-        raise ValueError(f"backend {name!r} cannot run here: {known[name].reason}. Usable: {usable}, or None")
+    if name not in _STEPS:
+        raise ValueError(f"backend must be None or one of {', '.join(_STEPS)}, got {name!r}")
+    wanted = _backend(name)
+    if not wanted:
+        usable = ", ".join(each.name for each in backends().values() if each)
+        raise ValueError(f"backend {name!r} cannot run here: {wanted.reason}. Usable: {usable}, or None")
 
 
 _STEPS: dict[str, Callable[[Batch, Inputs], Tensor | None]] = {
@@ -78,7 +82,7 @@ _STEPS: dict[str, Callable[[Batch, Inputs], Tensor | None]] = {
     "native": native.step,
     "triton": fused.step,
 }
-_SERVES = {"native": native.serves, "triton": fused.serves}
+_MODULES = {"native": native, "triton": fused}
 
 
 def choose(layout: Layout, arithmetic: str, dtype: torch.dtype, device: torch.device, wanted: str | None) -> str:
@@ -89,18 +93,16 @@ def choose(layout: Layout, arithmetic: str, dtype: torch.dtype, device: torch.de
     """
     if wanted == "eager" or arithmetic == "working":
         return "eager"
-    known = backends()
-    for name, serves in _SERVES.items():
-        backend = known[name]
-        if wanted not in (None, name) or not backend or device.type not in backend.devices:
+    for name, module in _MODULES.items():
+        if wanted not in (None, name) or device.type not in module.devices() or module.unavailable():
             continue
-        if serves(layout, dtype):
+        if module.serves(layout, dtype):
             return name
     if wanted is None:
         return "eager"
     raise ValueError(
         f"backend {wanted!r} has no kernel for {layout} with parameters of {dtype} on {device.type}; it serves "
-        f"collage.strategies() on {' and '.join(known[wanted].devices)}. Use backend=None or 'eager'"
+        f"collage.strategies() on {' and '.join(_MODULES[wanted].devices())}. Use backend=None or 'eager'"
     )
 
 
@@ -133,4 +135,4 @@ def _capturing(device: torch.device) -> bool:
 def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor], backend: str) -> None:
     """One in-place pass that reads all these tensors, equally long, and writes those of ``read_write`` back unchanged,
     in the way in which a backend ("native" or "triton") steps. It is the floor of a step's time in benchmarks."""
-    {"native": native.null_step, "triton": fused.null_step}[backend](read_write, read_only)
+    _MODULES[backend].null_step(read_write, read_only)

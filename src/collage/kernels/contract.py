@@ -12,6 +12,7 @@ The contract that makes backends bit-equal:
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ _powers: dict[float, dict[int, float]] = {}
 
 def to_float32(value: float) -> float:
     """The float32 nearest to a Python float, as a Python float."""
-    return torch.tensor(value, dtype=torch.float64).to(torch.float32).item()
+    return ctypes.c_float(value).value
 
 
 @dataclass(frozen=True)

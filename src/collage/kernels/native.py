@@ -96,6 +96,11 @@ def unavailable() -> str:
     return _library().missing
 
 
+def devices() -> tuple[str, ...]:
+    """The device types that the kernels serve."""
+    return ("cpu",)
+
+
 def instruction_sets() -> tuple[str, ...]:
     """Those of the library that this processor has, best first; empty without the library."""
     return _library().isas
@@ -156,12 +161,33 @@ class _Prepared:
         for role in ROLES:
             parts = [batch.layout.parts(role, p, s) for p, s in zip(batch.params, batch.states, strict=True)]
             columns += [list(column) for column in zip(*parts, strict=True)]
-        self.dtype = dtype
+        self._layout, self._dtype = batch.layout, dtype
+        self._kernels: dict[torch.dtype, int] = {}
         self.cells = [column[0].element_size() for column in columns]
         self.parts = array("Q", (tensor.data_ptr() for column in columns for tensor in column))
         self.sizes = array("q", map(Tensor.numel, batch.params))
         self.firsts = array("Q", batch.firsts)
         self.ordinals = array("q", batch.ordinals)
+
+    def kernel(self, grad: torch.dtype) -> int:
+        """The kernel's place for gradients of this dtype."""
+        if grad not in self._kernels:
+            place = _kernel(self._layout, self._dtype, grad)
+            assert place is not None, "the batch was made for another backend"
+            self._kernels[grad] = place
+        return self._kernels[grad]
+
+
+def _count(steps: Tensor) -> tuple[array[int], array[int], list[int]]:
+    """The numbers of this step, each tensor's row of scalars, and the number that each row is for."""
+    taken = steps.tolist()
+    if taken.count(taken[0]) == len(taken):
+        number = int(taken[0]) + 1
+        return array("q", [number]) * len(taken), array("q", [0]) * len(taken), [number]
+    distinct = sorted(set(taken))
+    row = {value: place for place, value in enumerate(distinct)}
+    numbers = array("q", (int(value) + 1 for value in taken))
+    return numbers, array("q", map(row.__getitem__, taken)), [int(value) + 1 for value in distinct]
 
 
 def step(batch: Batch, inputs: Inputs) -> Tensor | None:
@@ -178,16 +204,11 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         return sums
     kept: _Prepared = batch.kept.get("native") or batch.kept.setdefault("native", _Prepared(batch))
     grad_dtype = inputs.grads[0].dtype
-    kernel = _kernel(batch.layout, kept.dtype, grad_dtype)
-    assert kernel is not None
     cells = array("i", [*kept.cells, grad_dtype.itemsize])
     grads = array("Q", map(Tensor.data_ptr, inputs.grads))
-    numbers = batch.steps.to(torch.int64).add_(1)
-    first, last = torch.aminmax(numbers)
-    # Nearly always all parameters have taken equally many steps.
-    distinct, rows = (first, numbers - first) if first == last else torch.unique(numbers, return_inverse=True)
+    numbers, rows, distinct = _count(batch.steps)
     scalars = array("f")
-    for number in distinct.view(-1).tolist():
+    for number in distinct:
         values = Scalars.of(inputs.hyper, number, "fp32")
         scalars.extend(getattr(values, name) for name in _SCALARS)
     job = _Job(
@@ -195,8 +216,8 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         sizes=_address(kept.sizes),
         firsts=_address(kept.firsts),
         ordinals=_address(kept.ordinals),
-        steps=numbers.data_ptr(),
-        scalar_rows=rows.data_ptr(),
+        steps=_address(numbers),
+        scalar_rows=_address(rows),
         scalars=_address(scalars),
         parts=_address(kept.parts),
         grads=_address(grads),
@@ -209,7 +230,7 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         threads=torch.get_num_threads(),
         parallel=_parallel(),
     )
-    if library.handle.collage_step(library.isa.encode(), kernel, _pointer(cells), ctypes.byref(job)):
+    if library.handle.collage_step(library.isa.encode(), kept.kernel(grad_dtype), _pointer(cells), ctypes.byref(job)):
         raise MemoryError("no memory for the sums of an audited step; nothing has changed")
     batch.steps.add_(1.0)
     return sums
