@@ -23,8 +23,8 @@ INLINE U random_words(U index, const uint32_t key[2]) {
     return x;
 }
 
-// Elements of a unit.
-constexpr int UNIT = 2 * W;
+// Elements of a unit, and the units of a block.
+constexpr int UNIT = 2 * W, UNITS = 16;
 
 template <Order order> INLINE U lanes_from(uint32_t first, bool second) {
     U index;
@@ -40,21 +40,6 @@ template <class Low, class P, class M, class V, class G> struct Step {
     static constexpr bool all_interleaved = P::order == interleaved && M::order == interleaved &&
                                             V::order == interleaved && G::order == interleaved;
     static constexpr Order order = all_interleaved ? interleaved : sequential;
-
-    // p, m, v: the new values. hi, lo: the parameter's components as loaded.
-    template <bool careful>
-    INLINE void store(void *const *part, int64_t i, Pair p, Pair m, Pair v, Pair hi, Pair lo, Pair update, Draws p_bits,
-                      Draws v_bits) {
-        M::template store<order, careful>(part + P::parts, i, m.a, m.b, Pair{}, Pair{}, Pair{}, Draws{});
-        V::template store<order, careful>(part + P::parts + M::parts, i, v.a, v.b, Pair{}, Pair{}, Pair{}, v_bits);
-        P::template store<order, careful>(part, i, p.a, p.b, hi, lo, update, p_bits);
-    }
-
-    // Out of line and on copies, so that the usual path keeps everything in registers.
-    static __attribute__((noinline, cold)) void store_unusual(void *const *part, int64_t i, const Pair *x,
-                                                              const Draws *bits) {
-        store<true>(part, i, x[0], x[1], x[2], x[3], x[4], x[5], bits[0], bits[1]);
-    }
 
     INLINE void gradient(const collage_range &r, int64_t i, F &a, F &b) {
         G::template load<order>(r.grad, i, a, b);
@@ -75,39 +60,65 @@ template <class Low, class P, class M, class V, class G> struct Step {
         return update;
     }
 
-    // One unit, from element i on. `index`: of its elements, the low 32 bits.
-    INLINE void advance(const collage_range &r, void *const *part, Pair g, int64_t i, Draws index, Pair *intended) {
-        Pair hi{}, lo{}, other_hi, other_lo, p, m, v, update;
-        P::template load<order>(part, i, p.a, p.b, hi, lo);
-        M::template load<order>(part + P::parts, i, m.a, m.b, other_hi, other_lo);
-        V::template load<order>(part + P::parts + M::parts, i, v.a, v.b, other_hi, other_lo);
-        update.a = rule(*r.scalars, g.a, p.a, m.a, v.a);
-        update.b = rule(*r.scalars, g.b, p.b, m.b, v.b);
-        if (intended) *intended = update;
-        Draws p_bits{}, v_bits{};
-        if constexpr (P::draws || V::draws) {
-            U word = random_words(index.a, r.key);
-            p_bits.a = word & 0xffffu;
-            v_bits.a = word >> 16;
-            word = random_words(index.b, r.key);
-            p_bits.b = word & 0xffffu;
-            v_bits.b = word >> 16;
-        }
-        if constexpr (guarded) {
-            Usual<Low> usual;
+    // New values of some units, on their way from the rule to the stores. Two loops over a block, which stays in the
+    // first-level cache, keep more of the processor busy than one loop whose every unit is one long chain of operations.
+    struct Block {
+        Pair p[UNITS], m[UNITS], v[UNITS], update[UNITS];
+    };
+
+    // Whether all of the units' new values are usual.
+    INLINE bool compute(const collage_range &r, void *const *part, int64_t i, int units, Block &x) {
+        const collage_scalars k = *r.scalars;
+        Usual<Low> usual;
+        for (int j = 0; j < units; j++, i += UNIT) {
+            Pair g, p, m, v, hi, lo, update;
+            gradient(r, i, g.a, g.b);
+            P::template load<order>(part, i, p.a, p.b, hi, lo);
+            M::template load<order>(part + P::parts, i, m.a, m.b, hi, lo);
+            V::template load<order>(part + P::parts + M::parts, i, v.a, v.b, hi, lo);
+            update.a = rule(k, g.a, p.a, m.a, v.a);
+            update.b = rule(k, g.b, p.b, m.b, v.b);
             if constexpr (P::guarded) usual.see(p.a), usual.see(p.b);
             if constexpr (M::guarded) usual.see(m.a), usual.see(m.b);
             if constexpr (V::guarded) usual.see(v.a), usual.see(v.b);
-            if (__builtin_expect(!usual.all(), 0)) {
-                const Pair values[] = {p, m, v, hi, lo, update};
-                const Draws bits[] = {p_bits, v_bits};
-                return store_unusual(part, i, values, bits);
-            }
+            x.p[j] = p, x.m[j] = m, x.v[j] = v, x.update[j] = update;
         }
-        store<!guarded>(part, i, p, m, v, hi, lo, update, p_bits, v_bits);
+        return guarded && usual.all();
     }
 
-    // Elements that do not fill a unit, on copies.
+    // `index`: of the first unit's elements, the low 32 bits.
+    template <bool careful>
+    static void store(const collage_range &r, void *const *part, int64_t i, int units, Draws index, const Block &x) {
+        for (int j = 0; j < units; j++, i += UNIT) {
+            Pair hi{}, lo{};
+            Draws p_bits{}, v_bits{};
+            if constexpr (P::draws || V::draws) {
+                U a = random_words(index.a, r.key), b = random_words(index.b, r.key);
+                p_bits = {a & 0xffffu, b & 0xffffu};
+                v_bits = {a >> 16, b >> 16};
+                index.a += (uint32_t)UNIT;
+                index.b += (uint32_t)UNIT;
+            }
+            if constexpr (P::adds) {
+                F a, b;
+                P::template load<order>(part, i, a, b, hi, lo);
+            }
+            M::template store<order, careful>(part + P::parts, i, x.m[j].a, x.m[j].b, Pair{}, Pair{}, Pair{}, Draws{});
+            V::template store<order, careful>(part + P::parts + M::parts, i, x.v[j].a, x.v[j].b, Pair{}, Pair{}, Pair{}, v_bits);
+            P::template store<order, careful>(part, i, x.p[j].a, x.p[j].b, hi, lo, x.update[j], p_bits);
+        }
+    }
+
+    INLINE void advance(const collage_range &r, void *const *part, int64_t i, int units, Block &x) {
+        uint32_t first = r.index + (uint32_t)i;
+        Draws index{lanes_from<order>(first, false), lanes_from<order>(first, true)};
+        if (compute(r, part, i, units, x))
+            store<false>(r, part, i, units, index, x);
+        else
+            store<true>(r, part, i, units, index, x);
+    }
+
+    // A unit that the rest of a range does not fill, on copies.
     template <class Do> static void padded(const collage_range &r, int64_t i, int64_t count, Do &&act) {
         alignas(64) char cells[parts + 1][4 * UNIT] = {};
         void *copies[parts];
@@ -118,42 +129,40 @@ template <class Low, class P, class M, class V, class G> struct Step {
         memcpy(cells[parts], (const char *)r.grad + i * sizeof(typename G::Cell), count * sizeof(typename G::Cell));
         collage_range copy = r;
         copy.grad = cells[parts];
+        copy.index = r.index + (uint32_t)i;
         act(copy, (void *const *)copies);
         for (int c = 0; c < parts; c++) memcpy((char *)r.part[c] + i * r.cell[c], cells[c], count * r.cell[c]);
     }
 
     static void run(const collage_range &r) {
-        Draws index{lanes_from<order>(r.index, false), lanes_from<order>(r.index, true)};
+        Block block;
         void *part[parts];
         for (int c = 0; c < parts; c++) part[c] = r.part[c];
         int64_t i = 0;
-        for (; i + UNIT <= r.count; i += UNIT) {
-            Pair g;
-            gradient(r, i, g.a, g.b);
-            advance(r, part, g, i, index, nullptr);
-            index.a += (uint32_t)UNIT;
-            index.b += (uint32_t)UNIT;
+        for (; i + UNIT <= r.count;) {
+            int64_t left = (r.count - i) / UNIT;
+            int units = left < UNITS ? (int)left : UNITS;
+            advance(r, part, i, units, block);
+            i += units * UNIT;
         }
         if (i < r.count)
             padded(r, i, r.count - i, [&](const collage_range &copy, void *const *copies) {
-                Pair g;
-                gradient(copy, 0, g.a, g.b);
-                advance(copy, copies, g, 0, index, nullptr);
+                advance(copy, copies, 0, 1, block);
             });
     }
 
     // The same, and the sums of kernels/contract.py from the values that the very step has.
     static void audit(const collage_range &r) {
+        Block block;
         for (int64_t i = 0; i < r.count; i += UNIT) {
             int count = (int)(r.count - i < UNIT ? r.count - i : UNIT);
             padded(r, i, count, [&](const collage_range &copy, void *const *part) {
                 alignas(64) char before[parts][4 * UNIT];
                 const void *then[parts];
                 for (int c = 0; c < parts; c++) then[c] = memcpy(before[c], part[c], sizeof before[c]);
-                uint32_t first = r.index + (uint32_t)i;
-                Pair g, u;
+                advance(copy, part, 0, 1, block);
+                Pair g, u = block.update[0];
                 gradient(copy, 0, g.a, g.b);
-                advance(copy, part, g, 0, {lanes_from<order>(first, false), lanes_from<order>(first, true)}, &u);
                 for (int k = 0; k < count; k++) {
                     bool in_b = order == interleaved ? k % 2 : k >= W;
                     int lane = order == interleaved ? k / 2 : k % W;

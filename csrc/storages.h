@@ -4,10 +4,11 @@
 // Each has
 //   parts       how many components
 //   draws       whether a store takes random bits
+//   adds        whether a store wants the components as they were, and the update, in place of the new value
 //   guarded     whether `store` has a plain form for usual values beside the careful one for any
 //   order       in which its components are best loaded
-//   load        the values of 2 W elements, and their components for a store that wants them
-//   store       stores new values; Kahan's rule wants the old components and the update instead
+//   load        the values of 2 W elements, and their components
+//   store       stores new values
 //   exact, moved   one element in float64, for audits
 #pragma once
 
@@ -34,7 +35,7 @@ template <class Format> struct Usual {
 
 template <class Format, bool stochastic> struct Rounded {
     static constexpr int parts = 1;
-    static constexpr bool draws = stochastic;
+    static constexpr bool draws = stochastic, adds = false;
     static constexpr bool guarded = !stochastic && Format::guarded;
     static constexpr Order order = Format::order;
 
@@ -57,7 +58,7 @@ template <class Format, bool stochastic> struct Rounded {
 
 template <class Format, bool stochastic> struct Expansion {
     static constexpr int parts = 2;
-    static constexpr bool draws = stochastic;
+    static constexpr bool draws = stochastic, adds = false;
     static constexpr bool guarded = true;
     static constexpr Order order = Format::order;
 
@@ -101,7 +102,7 @@ template <class Format, bool stochastic> struct Expansion {
 template <class Format> struct Kahan {
     typedef Expansion<Format, false> Sum;
     static constexpr int parts = 2;
-    static constexpr bool draws = false;
+    static constexpr bool draws = false, adds = true;
     static constexpr bool guarded = false;
     static constexpr Order order = Format::order;
 
@@ -129,7 +130,7 @@ template <class Format> struct Kahan {
 
 template <class Format> struct Master {
     static constexpr int parts = 2;
-    static constexpr bool draws = false;
+    static constexpr bool draws = false, adds = false;
     static constexpr bool guarded = Format::guarded;
     static constexpr Order order = sequential;
 
