@@ -23,6 +23,7 @@ __all__ = [
     "Scalars",
     "backends",
     "check_backend",
+    "check_first_use",
     "choose",
     "null_step",
     "step",
@@ -107,21 +108,31 @@ def choose(layout: Layout, arithmetic: str, dtype: torch.dtype, device: torch.de
 
 
 def step(batch: Batch, inputs: Inputs, backend: str) -> Tensor | None:
-    """One step over a batch by the named backend, which is checked the first time that it steps such a layout.
+    """One step over a batch by the named backend.
 
     Returns:
         The sums where ``inputs.audit``: float64 [number of parameters, len(SUMS)], else None.
+    """
+    sums = _STEPS[backend](batch, inputs)
+    if backend != "eager" and not torch.is_inference_mode_enabled():
+        # Torch's own operations tell autograd of a change; a kernel that is handed addresses must say so itself.
+        torch.autograd.graph.increment_version(batch.params)
+    return sums
+
+
+def check_first_use(batch: Batch, grad_dtype: torch.dtype, backend: str) -> None:
+    """Looks at what a backend does the first time that it is to step such a layout (:mod:`collage.kernels.firstuse`).
 
     Raises:
-        RuntimeError: the backend does not step as defined (:mod:`collage.kernels.firstuse`); nothing has changed.
+        RuntimeError: it does not step as defined.
     """
-    if batch.arithmetic == "fp32" and batch.params:
-        param, grad = batch.params[0], inputs.grads[0]
-        case = (backend, batch.layout, param.dtype, grad.dtype, param.device)
-        if case not in _checked and not _capturing(param.device):
-            firstuse.check(backend, _STEPS[backend], batch, grad.dtype)
-            _checked.add(case)
-    return _STEPS[backend](batch, inputs)
+    if batch.arithmetic != "fp32" or not batch.params:
+        return
+    dtype, device = batch.params[0].dtype, batch.params[0].device
+    case = (backend, batch.layout, dtype, grad_dtype, device)
+    if case not in _checked and not _capturing(device):
+        firstuse.check(backend, _STEPS[backend], batch, grad_dtype)
+        _checked.add(case)
 
 
 _checked: set[tuple[object, ...]] = set()

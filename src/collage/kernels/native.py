@@ -141,13 +141,14 @@ def _storage_name(storage: Storage, dtype: torch.dtype) -> str | None:
     """What csrc/kernel.cpp calls a storage, or None if it has none of the kind."""
     own = storage.format_for(dtype).dtype == dtype
     suffix = "-stochastic" if storage.stochastic else ""
-    if isinstance(storage, Rounded):
+    # A subclass has a store of its own.
+    if type(storage) is Rounded:
         if own:
             return "stochastic" if suffix else "nearest"
         return "fp32" if storage.format_for(dtype) == FP32 and not suffix else None
-    if isinstance(storage, Expansion) and storage.n == 2 and own:
+    if type(storage) is Expansion and storage.n == 2 and own:
         return f"expansion{suffix}"
-    if isinstance(storage, Kahan | Master) and own:
+    if type(storage) in (Kahan, Master) and own:
         return type(storage).__name__.lower()
     return None
 
@@ -199,7 +200,7 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
     library = _library()
     assert library.handle is not None
     count = len(batch.params)
-    sums = torch.zeros(count, len(SUMS), dtype=torch.float64) if inputs.audit else None
+    sums = torch.zeros(count, len(SUMS), dtype=torch.float64, device="cpu") if inputs.audit else None
     if count == 0:
         return sums
     kept: _Prepared = batch.kept.get("native") or batch.kept.setdefault("native", _Prepared(batch))

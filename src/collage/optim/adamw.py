@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from collage import kernels
 from collage.kernels import Hyper, Inputs, Layout
 from collage.optim import statedict
-from collage.optim.batches import GradOf, Member, Plan, Together, local
+from collage.optim.batches import GradOf, Member, Plan, Together, any_on_all_processes, is_sharded, local
 from collage.optim.checks import check_grad, check_group, check_options, check_working_eps, known_on_host
 from collage.optim.lowprecision import take_full_value, warn_of_replaced
 from collage.optim.operator import register, traced_step
@@ -241,16 +241,20 @@ class AdamW(Optimizer):
         """The batches of this step with their gradients: those of the step before if they still hold."""
         plan = self._plan
         grads = None if plan is None else plan.gradients(self, grad_of)
-        if plan is None or grads is None or any(self._may_only_create_state(each) for each in plan.together):
+        if plan is None or grads is None:
+            if not isinstance(self.state, States):
+                self.state = States(self.state)
             members = self._members(grad_of)
             for member in members:
                 if not self.state[member.param]:
                     self._create_state(member.param, member.layout, member.ordinal)
-            stepped = [member for member in members if not self._only_creates_state(member, grad_of)]
-            plan = Plan(self, stepped, grad_of)
-            grads = plan.fresh_gradients(grad_of)
-            self._plan = plan if plan.lasts and len(stepped) == len(members) else None
-        assert grads is not None
+            plan = Plan(self, members, grad_of)
+            grads = plan.gradients_of_all(grad_of, fresh=True)
+            self._plan = plan if plan.lasts else None
+        if grads is None:
+            raise RuntimeError("gradients or parameters changed while they were sorted for the step")
+        if plan.number == 0 and self._only_creates_state(grads):
+            return Plan(self, [], grad_of), []
         return plan, grads
 
     def _inputs(self, each: Together, grads: list[Tensor], found_inf: Tensor | None, audit: bool) -> Inputs:
@@ -280,7 +284,7 @@ class AdamW(Optimizer):
                 grad = grad_of(param)
                 if grad is None:
                     continue
-                check_grad(local(param), local(grad), name)
+                check_grad(param if is_sharded(grad) else local(param), grad, name)
                 layout = _layout(strategy, param.dtype)
                 # A float32 parameter steps as plain float32 whatever the strategy and its arithmetic.
                 arithmetic = "fp32" if param.dtype == torch.float32 else group["arithmetic"]
@@ -292,15 +296,13 @@ class AdamW(Optimizer):
                 members.append(Member(index, ordinal, param, name, layout, arithmetic))
         return members
 
-    def _may_only_create_state(self, each: Together) -> bool:
-        lr = self.param_groups[each.members[0].group]["lr"]
-        return known_on_host(lr) and float(lr) == 0 and bool((each.batch.steps == 0).any())
-
-    def _only_creates_state(self, member: Member, grad_of: GradOf) -> bool:
-        lr = self.param_groups[member.group]["lr"]
-        fresh = known_on_host(lr) and float(lr) == 0 and int(self.state[member.param]["step"]) == 0
-        grad = grad_of(member.param)
-        return fresh and grad is not None and not bool(local(grad).any())
+    def _only_creates_state(self, grads: list[list[Tensor]]) -> bool:
+        """Whether a first step has learning rates and gradients of zero throughout, on every process that shares it."""
+        rates = [group["lr"] for group in self.param_groups]
+        if not all(known_on_host(lr) and float(lr) == 0 for lr in rates):
+            return False
+        params = [param for group in self.param_groups for param in group["params"]]
+        return not any_on_all_processes(any(bool(g.any()) for each in grads for g in each), params)
 
     def _create_state(self, param: Tensor, layout: Layout, ordinal: int, value: Tensor | None = None) -> None:
         """Zero moments and a parameter that holds ``value`` (float32), or itself."""

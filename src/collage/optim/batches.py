@@ -41,6 +41,11 @@ class Member:
     arithmetic: str
 
 
+def called(name: str | None) -> str:
+    """How messages call a parameter."""
+    return "a parameter" if name is None else f"parameter {name!r}"
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor. Whoever has one has loaded the module."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -49,7 +54,11 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Any) -> Tensor:
     """The part of a tensor that is here; the tensor itself unless it is sharded. Not a copy outside gradient mode."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    part = tensor.to_local()
+    # What a collective still computes has no memory yet.
+    return part.wait() if hasattr(part, "wait") else part
 
 
 def runs(param: Any) -> list[tuple[int, int, int]]:
@@ -74,6 +83,17 @@ def runs(param: Any) -> list[tuple[int, int, int]]:
     return [(first, i * length, (i + 1) * length) for i, first in enumerate(firsts)]
 
 
+def any_on_all_processes(found: bool, params: Sequence[Any]) -> bool:
+    """Whether any process that shares one of these parameters found something: all of them must go the same way."""
+    meshes = {param.device_mesh for param in params if is_sharded(param)}
+    for mesh in meshes:
+        flag = torch.tensor(float(found), device=mesh.device_type)
+        for dim in range(mesh.ndim):
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+        found = bool(flag.item())
+    return found
+
+
 class Together:
     """Members with one batch of the kernels.
 
@@ -92,6 +112,8 @@ class Together:
         self.grad_dtype = grad_dtype
         self.sharded = any(is_sharded(m.param) for m in members)
         self.params = [m.param for m in members]
+        names = tuple(first.layout.state_names(first.param.dtype))
+        _check_states(members, states, first.layout.state_names(first.param.dtype))
         pieces = [(owner, *run) for owner, m in enumerate(members) for run in runs(m.param)]
         self.owners = None if len(pieces) == len(members) else [owner for owner, *_ in pieces]
         self._slices = [(owner, begin, end) for owner, _, begin, end in pieces] if self.owners else None
@@ -100,13 +122,17 @@ class Together:
             (local(m.param), copy) for m, copy in zip(members, whole, strict=True) if not local(m.param).is_contiguous()
         ]
         device = local(first.param).device
+        self._watched = [*self.params, *(state[name] for state in states for name in names)]
         self.backend = kernels.choose(first.layout, first.arithmetic, first.param.dtype, device, options["backend"])
+        if self.backend != "eager" and not _have_memory([*whole, *map(local, self._watched)]):
+            # Tensor subclasses that compute what they are; torch operations can step them, addresses cannot.
+            self.backend = kernels.choose(first.layout, first.arithmetic, first.param.dtype, device, "eager")
         self.batch = Batch(
             layout=first.layout,
             arithmetic=first.arithmetic,
             seed=options["seed"],
             params=self.cut(whole),
-            states=self._cut_states(states, tuple(first.layout.state_names(first.param.dtype))),
+            states=self._cut_states(states, names),
             steps=self._join_steps(states, device),
             ordinals=[m.ordinal if "ordinal" not in states[o] else int(states[o]["ordinal"]) for o, m in self._owned()],
             firsts=[index for _, index, _, _ in pieces],
@@ -117,7 +143,8 @@ class Together:
         checked = all(type(param) in (Tensor, torch.nn.Parameter) for param in self.params)
         self._size_of: Callable[[Tensor], Any] = Tensor.numel if checked else attrgetter("shape")
         self._sizes = [self._size_of(local(param)) for param in self.params]
-        self._addresses = self._look()
+        self._addresses, self._contiguous = self._look(), self._look_at_order()
+        kernels.check_first_use(self.batch, grad_dtype, self.backend)
 
     def write_copies(self) -> None:
         """Brings what was stepped on copies back to parameters that are not contiguous."""
@@ -157,30 +184,67 @@ class Together:
         return counts
 
     def _look(self) -> list[int]:
-        return list(map(Tensor.data_ptr, map(local, self.params) if self.sharded else self.params))
+        return list(map(Tensor.data_ptr, map(local, self._watched) if self.sharded else self._watched))
 
-    def gradients(self, grad_of: GradOf) -> list[Tensor] | None:
-        """The gradients for the batch, or None if anything has changed since it was made."""
+    def _look_at_order(self) -> list[bool]:
+        return list(map(Tensor.is_contiguous, map(local, self.params) if self.sharded else self.params))
+
+    def gradients(self, grad_of: GradOf, fresh: bool = False) -> list[Tensor] | None:
+        """The gradients for the batch, or None if anything has changed since it was made.
+
+        Args:
+            fresh: it was made in this very step: an error is the user's to see.
+        """
         grads: list[Any] = list(map(grad_of, self.params))
         try:
-            if self._look() != self._addresses:
+            if self._look() != self._addresses or self._look_at_order() != self._contiguous:
                 return None
             if self.sharded:
-                grads = [_placed_like(grad, param) for grad, param in zip(grads, self.params, strict=True)]
+                grads = [placed_like(grad, param) for grad, param in zip(grads, self.params, strict=True)]
             if list(map(self._size_of, grads)) != self._sizes or set(map(_dtype_of, grads)) != {self.grad_dtype}:
                 return None
             here = map(_on_cpu, grads) if self._device.type == "cpu" else (g.device == self._device for g in grads)
             if not all(here):
                 return None
-            if not all(map(Tensor.is_contiguous, grads)):
-                grads = [grad.contiguous() for grad in grads]
+            if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
+                grads = [grad.resolve_neg().contiguous() for grad in grads]
+            if self.backend != "eager" and not _have_memory(grads):
+                grads = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+                if not _have_memory(grads):
+                    raise TypeError(f"gradients of {set(map(type, grads))} have no memory; use backend='eager'")
         except (AttributeError, KeyError, RuntimeError, TypeError):
+            if fresh:
+                raise
             # A missing state or gradient, or one without memory of its own (sparse): whoever asks finds out which.
             return None
         return self.cut(grads)
 
 
-def _placed_like(grad: Any, param: Any) -> Tensor:
+def _check_states(members: list[Member], states: list[dict[str, Tensor]], names: dict[str, torch.dtype]) -> None:
+    """Raises ValueError unless every state tensor is what the layout keeps for its parameter: kernels work on
+    addresses."""
+    for member, state in zip(members, states, strict=True):
+        param = local(member.param)
+        for name, dtype in names.items():
+            tensor = local(state[name])
+            found = (tensor.dtype, tensor.shape, tensor.device)
+            if found != (dtype, param.shape, param.device) or not tensor.is_contiguous():
+                layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+                raise ValueError(
+                    f"{name} of {called(member.name)} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                    f"{layout}; wanted {dtype} {tuple(param.shape)} on {param.device}, contiguous. If the parameter "
+                    "was cast or resized after training had begun, construct a new optimizer, or see collage.convert"
+                )
+
+
+def _have_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether their elements stand at their addresses. Those of torch's own classes do."""
+    others = set(map(type, tensors)) - {Tensor, torch.nn.Parameter}
+    return not others or all(t.data_ptr() != 0 or t.numel() == 0 for t in tensors)
+
+
+def placed_like(grad: Any, param: Any) -> Tensor:
+    """The local part of a gradient, sharded as its parameter is."""
     if is_sharded(grad) and grad.placements != param.placements:
         grad = grad.redistribute(param.device_mesh, param.placements)
     return local(grad)
@@ -223,11 +287,11 @@ class Plan:
             return None
         if any(grad_of(param) is not None for param in self._idle):
             return None
-        return self.fresh_gradients(grad_of)
+        return self.gradients_of_all(grad_of)
 
-    def fresh_gradients(self, grad_of: GradOf) -> list[list[Tensor]] | None:
-        """The same of a plan that was made in this very step."""
-        found = [grads for each in self.together if (grads := each.gradients(grad_of)) is not None]
+    def gradients_of_all(self, grad_of: GradOf, fresh: bool = False) -> list[list[Tensor]] | None:
+        """The same without a look at anything but the batches; ``fresh``: the plan was made in this very step."""
+        found = [grads for each in self.together if (grads := each.gradients(grad_of, fresh)) is not None]
         return found if len(found) == len(self.together) else None
 
 

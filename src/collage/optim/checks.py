@@ -9,6 +9,7 @@ from torch import Tensor
 
 from collage import kernels
 from collage.numerics import format_of
+from collage.optim.batches import called
 from collage.optim.strategies import Strategy, resolve, strategies
 
 ARITHMETICS = ("fp32", "working")
@@ -63,7 +64,7 @@ def check_group(group: dict[str, Any]) -> None:
     for param, name in zip(group["params"], names, strict=True):
         if not param.is_floating_point():
             raise TypeError(
-                f"{_called(name)} is {param.dtype}; allowed: floating-point parameters (not complex, integer)"
+                f"{called(name)} is {param.dtype}; allowed: floating-point parameters (not complex, integer)"
             )
         strategy.layout(param.dtype)
         check_working_eps(group, param.dtype)
@@ -85,19 +86,13 @@ def check_grad(param: Tensor, grad: Tensor, name: str | None) -> None:
     """Raises unless a gradient can be used."""
     if grad.layout != torch.strided:
         raise ValueError(
-            f"{_called(name)} has a gradient of layout {grad.layout}; allowed: dense gradients. Construct the "
+            f"{called(name)} has a gradient of layout {grad.layout}; allowed: dense gradients. Construct the "
             "embedding with sparse=False, or step it with torch.optim.SparseAdam"
         )
     if grad.dtype not in (param.dtype, torch.float32):
-        raise TypeError(
-            f"{_called(name)} is {param.dtype} with a gradient of {grad.dtype}; allowed: its own or float32"
-        )
+        raise TypeError(f"{called(name)} is {param.dtype} with a gradient of {grad.dtype}; allowed: its own or float32")
     if grad.shape != param.shape or grad.device != param.device:
         raise ValueError(
-            f"{_called(name)} has shape {tuple(param.shape)} on {param.device}, its gradient {tuple(grad.shape)} on "
+            f"{called(name)} has shape {tuple(param.shape)} on {param.device}, its gradient {tuple(grad.shape)} on "
             f"{grad.device}; they must agree"
         )
-
-
-def _called(name: str | None) -> str:
-    return "a parameter" if name is None else f"parameter {name!r}"

@@ -50,10 +50,19 @@ def traced_step(optimizer: Steppable) -> None:
         for param in group["params"]:
             if param.grad is not None:
                 params.append(param.to_local() if hasattr(param, "to_local") else param)
-                grads.append(param.grad.to_local() if hasattr(param.grad, "to_local") else param.grad)
+                grads.append(_local_gradient(param))
                 ordinals.append(ordinal)
             ordinal += 1
     torch.ops.collage.step_(params, grads, ordinals, optimizer.number)
+
+
+def _local_gradient(param: Any) -> Tensor:
+    grad = param.grad
+    if not hasattr(grad, "to_local"):
+        return grad
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad.to_local()
 
 
 def _step(params: list[Tensor], grads: list[Tensor], ordinals: list[int], number: int) -> None:

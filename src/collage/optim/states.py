@@ -34,9 +34,10 @@ def _counting(name: str) -> Callable[..., Any]:
 class Entry(dict[str, Any]):
     """The state of one parameter."""
 
-    def __init__(self, changes: Changes, values: dict[str, Any]) -> None:
-        super().__init__(values)
-        self.changes = changes
+    def __init__(self, *values: Any, changes: Changes | None = None, **named: Any) -> None:
+        super().__init__(*values, **named)
+        # Made by others, from an entry's type: nobody's state until it is put into one.
+        self.changes = changes or Changes()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are plain dicts; an optimizer that gets one counts its changes again."""
@@ -54,11 +55,34 @@ class States(defaultdict[Any, Any]):
 
     def __setitem__(self, param: Any, entry: dict[str, Any]) -> None:
         self.changes.count += 1
-        super().__setitem__(param, Entry(self.changes, entry))
+        super().__setitem__(param, Entry(entry, changes=self.changes))
 
     def __missing__(self, param: Any) -> Any:
         self[param] = {}
         return self[param]
+
+    def update(self, *values: Any, **named: Any) -> None:
+        """As of a dict; each entry counts its changes."""
+        for param, entry in dict(*values, **named).items():
+            self[param] = entry
+
+    def __ior__(self, other: Any) -> States:
+        """As of a dict."""
+        self.update(other)
+        return self
+
+    def setdefault(self, param: Any, default: Any = None) -> Any:
+        """As of a dict."""
+        if param not in self:
+            self[param] = default or {}
+        return self[param]
+
+    def copy(self) -> defaultdict[Any, Any]:  # type: ignore[override]
+        """A plain ``defaultdict`` of the same entries."""
+        return defaultdict(dict, self)
+
+    def __copy__(self) -> defaultdict[Any, Any]:  # type: ignore[override]
+        return self.copy()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As a plain ``defaultdict``."""
