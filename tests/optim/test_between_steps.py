@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -99,6 +100,46 @@ def test_a_changed_moment_is_the_one_that_is_stepped(change: Callable[[collage.A
         mine.data.copy_(theirs)
     fresh.load_state_dict(state)
     assert_same(advance(opt, 1, seed=5), advance(fresh, 1, seed=5))
+
+
+@backends
+@pytest.mark.parametrize("change", [*CHANGES[:4], shared_state_memory, in_place], ids=lambda change: change.__name__)
+def test_a_changed_moment_of_many_small_parameters_is_the_one_that_is_stepped(
+    change: Callable[[collage.AdamW], None], backend: str
+) -> None:
+    sizes = tuple(range(1, 41))
+    opt, reference = (advance(made(backend, sizes), 2) for _ in range(2))
+    change(opt)
+    if change is shared_state_memory:  # it shares the memory of all, but doubles one
+        assert opt.state[params_of(opt)[1]]["exp_avg"].is_shared()
+    first = params_of(reference)[0]
+    reference.state[first]["exp_avg"] = reference.state[first]["exp_avg"] * 2
+    assert_same(advance(opt, 1, seed=5), advance(reference, 1, seed=5))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["deepcopy", "pickle"]
+)
+def test_copies_of_an_optimizer_of_many_small_parameters_share_nothing_and_go_on_alike(copied) -> None:
+    opt = advance(made("eager", tuple(range(1, 41))), 2)
+    assert len({opt.state[p]["exp_avg"].untyped_storage()._cdata for p in params_of(opt)}) == 1
+    other = copied(opt)
+    assert len(pickle.dumps(opt)) < 200_000
+    assert_same(advance(opt, 2, seed=3), advance(other, 2, seed=3))
+
+
+def test_state_of_many_small_parameters_stays_one_tensor_when_some_miss_a_step_or_it_is_loaded() -> None:
+    opt = advance(made("eager", tuple(range(1, 41))), 2)
+    params = params_of(opt)
+    whole = opt.state[params[0]]["exp_avg"].untyped_storage()._cdata
+    for param in params:
+        param.grad = torch.ones_like(param)
+    params[3].grad = None
+    opt.step()
+    assert {opt.state[p]["exp_avg"].untyped_storage()._cdata for p in params} == {whole}
+    opt.load_state_dict(opt.state_dict())
+    advance(opt, 1)
+    assert len({opt.state[p]["exp_avg"].untyped_storage()._cdata for p in params}) == 1
 
 
 @backends

@@ -140,12 +140,9 @@ class AdamW(Optimizer):
         warn_of_replaced()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Defaults, state and groups; each step count by itself, not as a view of all."""
-        kept = super().__getstate__()
-        state = {
-            param: {**entry, "step": entry["step"].clone()} if entry else entry for param, entry in self.state.items()
-        }
-        return {**kept, "state": defaultdict(dict, state)}
+        """Defaults, state and groups; tensors that are views of a larger one by themselves."""
+        state = {param: {name: _by_itself(t) for name, t in entry.items()} for param, entry in self.state.items()}
+        return {**super().__getstate__(), "state": defaultdict(dict, state)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores from a pickle, a deep copy or a loaded state dict; observers stay with the original."""
@@ -374,6 +371,11 @@ class AdamW(Optimizer):
         """
         with statedict.exact_loading(self, statedict.check_strategies):
             super().load_state_dict(state_dict)
+
+
+def _by_itself(value: Any) -> Any:
+    shares = type(value) is Tensor and value.untyped_storage().nbytes() > value.nbytes
+    return value.clone() if shares else value
 
 
 @cache

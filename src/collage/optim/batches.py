@@ -22,6 +22,9 @@ from torch import Tensor
 from collage import kernels
 from collage.kernels import Batch, Layout
 
+# The state of at least _MANY parameters of at most _SMALL elements is kept in one tensor.
+_SMALL, _MANY = 1 << 14, 32
+
 # What a step takes for a parameter's gradient.
 GradOf = Callable[[Tensor], Tensor | None]
 
@@ -114,6 +117,8 @@ class Together:
         self.params = [m.param for m in members]
         names = tuple(first.layout.state_names(first.param.dtype))
         _check_states(members, states, first.layout.state_names(first.param.dtype))
+        for name in names:
+            _gather_small(name, states)
         pieces = [(owner, *run) for owner, m in enumerate(members) for run in runs(m.param)]
         self.owners = None if len(pieces) == len(members) else [owner for owner, *_ in pieces]
         self._slices = [(owner, begin, end) for owner, _, begin, end in pieces] if self.owners else None
@@ -122,7 +127,10 @@ class Together:
             (local(m.param), copy) for m, copy in zip(members, whole, strict=True) if not local(m.param).is_contiguous()
         ]
         device = local(first.param).device
-        self._watched = [*self.params, *(state[name] for state in states for name in names)]
+        kept = [local(state[name]) for state in states for name in names]
+        # Tensors of one storage move together: one of them stands for all.
+        storages = {tensor.untyped_storage()._cdata: tensor for tensor in kept} if _have_memory(kept) else {}
+        self._watched = [*self.params, *(storages.values() or kept)]
         self.backend = kernels.choose(first.layout, first.arithmetic, first.param.dtype, device, options["backend"])
         if self.backend != "eager" and not _have_memory([*whole, *map(local, self._watched)]):
             # Tensor subclasses that compute what they are; torch operations can step them, addresses cannot.
@@ -235,6 +243,27 @@ def _check_states(members: list[Member], states: list[dict[str, Tensor]], names:
                     f"{layout}; wanted {dtype} {tuple(param.shape)} on {param.device}, contiguous. If the parameter "
                     "was cast or resized after training had begun, construct a new optimizer, or see collage.convert"
                 )
+
+
+def _gather_small(name: str, states: list[dict[str, Tensor]]) -> None:
+    """Puts a state of many small parameters into one tensor, of which each has its view: a step then looks at one
+    address in place of thousands. Those that are views already stay where they are."""
+    small = [
+        state
+        for state in states
+        if 0 < state[name].numel() <= _SMALL
+        and type(state[name]) is Tensor
+        and state[name].untyped_storage().nbytes() == state[name].nbytes
+    ]
+    if len(small) < _MANY:
+        return
+    # Each begins at a multiple of 64 bytes.
+    sizes = [-(-state[name].numel() // 64) * 64 for state in small]
+    with torch.inference_mode(False):
+        whole = torch.zeros(sum(sizes), dtype=small[0][name].dtype, device=small[0][name].device)
+    for state, place in zip(small, whole.split(sizes), strict=True):
+        old = state[name]
+        state[name] = place[: old.numel()].view(old.shape).copy_(old)
 
 
 def _have_memory(tensors: Sequence[Tensor]) -> bool:
