@@ -247,7 +247,7 @@ def test_without_the_library_the_eager_step_serves_and_insisting_says_why(
         opt = collage.AdamW([param])
         param.grad = values((10,), 1)
         opt.step()
-        assert ran == ["eager"]
+        assert set(ran) == {"eager"}
         with pytest.raises(ValueError, match=r"backend 'native' cannot run here: it was not built .*Usable: eager"):
             collage.AdamW([param], backend="native")
         with pytest.raises(RuntimeError, match="the native kernels cannot run here: it was not built"):
