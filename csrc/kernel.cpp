@@ -63,8 +63,8 @@ template <class Low, class P, class M, class V, class G> struct Step {
     // New values of some units, on their way from the rule to the stores. One loop that loads, computes, rounds and stores a
     // unit is one long chain of operations, which leaves most of the processor idle. Two loops over a block are two short
     // ones; with 32 registers both fit one loop, in which the divisions of a block hide behind the roundings of the block
-    // before it (AVX2, Zen 3: two loops take .79 of the time of one, the block ahead .9; llvm-mca, Ice Lake, AVX-512: 96
-    // and 81 cycles a unit against 88).
+    // before it. AVX2, Zen 3, measured: two loops take .79 of the time of one, the block ahead .9. AVX-512 only estimated
+    // (llvm-mca, Ice Lake): 88 cycles a unit in one loop, 81 with the block ahead.
     static constexpr bool ahead = W == 16;
     struct Block {
         Pair p[UNITS], m[UNITS], v[UNITS], update[UNITS];

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import collage
 from collage import kernels
+from collage.optim import batches
 from collage.optim.states import Entry, States
 from comparing import assert_same, values
 
@@ -163,7 +164,7 @@ def test_a_parameter_of_other_memory_or_order_is_stepped_where_it_is(backend: st
 
 
 @backends
-@pytest.mark.parametrize("change", ["cast", "grown", "state dtype", "state shape", "state order"])
+@pytest.mark.parametrize("change", ["cast", "grown", "state dtype", "state shape", "state order", "state gone"])
 def test_state_that_does_not_fit_its_parameter_is_refused_and_nothing_changes(change: str, backend: str) -> None:
     opt = advance(made(backend), 1)
     param = params_of(opt)[0]
@@ -174,12 +175,16 @@ def test_state_that_does_not_fit_its_parameter_is_refused_and_nothing_changes(ch
         param.data = torch.cat([param.data, param.data])
     elif change == "state dtype":
         entry["exp_avg"] = entry["exp_avg"].float()
+    elif change == "state gone":
+        del entry["exp_avg_sq_lo"]
     elif change == "state shape":
         entry["exp_avg"] = entry["exp_avg"][:5].clone()
     else:
         entry["exp_avg"] = torch.zeros(80, dtype=torch.bfloat16)[::2]
     before = [p.detach().clone() for p in params_of(opt)]
-    with pytest.raises((ValueError, KeyError), match=r"wanted|does not|exp_avg"):
+    with pytest.raises(
+        ValueError, match=r"(exp_avg|param_lo) of a parameter is .*wanted|of a parameter lacks exp_avg_sq_lo"
+    ):
         advance(opt, 1)
     assert all(torch.equal(p, kept) for p, kept in zip(params_of(opt), before, strict=True))
 
@@ -229,6 +234,20 @@ def test_a_gradient_without_memory_of_its_own_is_made_real(backend: str) -> None
     opt.step()
     reference.step()
     assert_same(opt, reference)
+
+
+def test_a_parameter_without_memory_takes_the_eager_step_and_insisting_on_another_is_refused() -> None:
+    def insist(backend: str | None) -> None:
+        opt = made("eager", (8,))
+        opt.param_groups[0]["backend"] = backend
+        advance(opt, 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "_have_memory", lambda tensors: False)
+        insist(None)
+        if collage.backends()["native"]:
+            with pytest.raises(ValueError, match=r"backend 'native' steps memory, and a parameter .*backend=None"):
+                insist("native")
 
 
 class Clipped(collage.Rounded):

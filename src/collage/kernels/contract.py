@@ -122,7 +122,7 @@ class Inputs:
 
     Attributes:
         hyper: the hyper-parameters.
-        grads: contiguous tensors of the parameters' shapes, in their dtype or float32; read only.
+        grads: contiguous tensors of the parameters' shapes, all in their dtype or all float32; read only.
         lr: a tensor of one element on the batch's device that counts instead of ``hyper.lr``, for backends that need
             not read it on the host; else None.
         grad_scale: float32 tensor of one element: what gradients have been multiplied with (a loss scale), or None.

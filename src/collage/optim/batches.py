@@ -88,8 +88,8 @@ def runs(param: Any) -> list[tuple[int, int, int]]:
 
 def any_on_all_processes(found: bool, params: Sequence[Any]) -> bool:
     """Whether any process that shares one of these parameters found something: all of them must go the same way."""
-    meshes = {param.device_mesh for param in params if is_sharded(param)}
-    for mesh in meshes:
+    # In the order of the parameters, which is that of every process: a set's order need not be.
+    for mesh in dict.fromkeys(param.device_mesh for param in params if is_sharded(param)):
         flag = torch.tensor(float(found), device=mesh.device_type)
         for dim in range(mesh.ndim):
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
@@ -134,6 +134,11 @@ class Together:
         self.backend = kernels.choose(first.layout, first.arithmetic, first.param.dtype, device, options["backend"])
         if self.backend != "eager" and not _have_memory([*whole, *map(local, self._watched)]):
             # Tensor subclasses that compute what they are; torch operations can step them, addresses cannot.
+            if options["backend"] is not None:
+                raise ValueError(
+                    f"backend {self.backend!r} steps memory, and {called(first.name)} or another of its group has none "
+                    "of its own (a tensor subclass); use backend=None or 'eager'"
+                )
             self.backend = kernels.choose(first.layout, first.arithmetic, first.param.dtype, device, "eager")
         self.batch = Batch(
             layout=first.layout,
@@ -233,6 +238,12 @@ def _check_states(members: list[Member], states: list[dict[str, Tensor]], names:
     addresses."""
     for member, state in zip(members, states, strict=True):
         param = local(member.param)
+        missing = sorted(set(names) - set(state))
+        if missing:
+            raise ValueError(
+                f"the state of {called(member.name)} lacks {', '.join(missing)}, which its strategy keeps; load a state "
+                "of this strategy, or construct a new optimizer"
+            )
         for name, dtype in names.items():
             tensor = local(state[name])
             found = (tensor.dtype, tensor.shape, tensor.device)
