@@ -241,8 +241,8 @@ def _check_states(members: list[Member], states: list[dict[str, Tensor]], names:
         missing = sorted(set(names) - set(state))
         if missing:
             raise ValueError(
-                f"the state of {called(member.name)} lacks {', '.join(missing)}, which its strategy keeps; load a state "
-                "of this strategy, or construct a new optimizer"
+                f"the state of {called(member.name)} lacks {', '.join(missing)}, which its strategy keeps; load a "
+                "state of this strategy, or construct a new optimizer"
             )
         for name, dtype in names.items():
             tensor = local(state[name])
