@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from collage.kernels import eager, firstuse, fused, native
-from collage.kernels.contract import DRAWS, ROLES, SUMS, Batch, Hyper, Inputs, Layout, Scalars
+from collage.kernels.contract import DRAWS, MOMENTS, ROLES, SUMS, Batch, Hyper, Inputs, Layout, Scalars
 
 __all__ = [
     "DRAWS",
+    "MOMENTS",
     "ROLES",
     "SUMS",
     "Backend",

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from collage.storage import Storage
+from collage.storage import Component, Storage
 
-ROLES = ("param", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+ROLES = ("param", *MOMENTS)
 # Which 16-bit draw of an element rounds which tensor; param and exp_avg_sq share one 32-bit word.
 DRAWS = {"param": 0, "exp_avg_sq": 1, "exp_avg": 2}
 
@@ -59,15 +60,19 @@ class Layout:
         """Whether a step takes random bits."""
         return any(storage.stochastic for _, storage in self.roles)
 
-    def state_names(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Names and dtypes of the component tensors in ``optimizer.state`` for parameters of ``dtype``."""
-        names: dict[str, torch.dtype] = {}
+    def components(self, dtype: torch.dtype) -> dict[str, Component]:
+        """Name -> component of all that stands in ``optimizer.state`` for parameters of ``dtype``."""
+        names: dict[str, Component] = {}
         for role, storage in self.roles:
             components = storage.components(dtype)
             # The leading component of a parameter is the parameter itself.
             kept = components[1:] if role == "param" else components
-            names.update({component.name.format(role=role): component.dtype for component in kept})
+            names.update({component.name.format(role=role): component for component in kept})
         return names
+
+    def block(self, dtype: torch.dtype) -> int:
+        """Elements that are stepped together because they share entries of components; 1 where none do."""
+        return math.lcm(*(each.elements for _, storage in self.roles for each in storage.components(dtype)))
 
     def parts(self, role: str, param: Tensor, state: dict[str, Tensor]) -> list[Tensor]:
         """The component tensors of one role, leading one first."""

@@ -26,7 +26,8 @@ from collage.numerics import (
     sub_rn,
 )
 
-# Elements per piece. It divides 2**32, so that a piece never straddles a boundary of the random keys.
+# Elements per piece, less what is no whole block. It divides 2**32, as blocks of tensors of so many elements do, so that
+# a piece never straddles a boundary of the random keys.
 CHUNK = 1 << 17
 
 Parts = dict[str, list[Tensor]]
@@ -88,13 +89,23 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
 def _pieces(batch: Batch, inputs: Inputs, number: int) -> Iterator[tuple[Parts, Tensor, int]]:
     """Flat pieces of one parameter's components and gradient, with the index of their first element."""
     param, state, first = batch.params[number], batch.states[number], batch.firsts[number]
-    whole = {role: [t.view(-1) for t in batch.layout.parts(role, param, state)] for role, _ in batch.layout.roles}
+    whole = {
+        role: [
+            (part.view(-1), component.elements)
+            for part, component in zip(
+                batch.layout.parts(role, param, state), storage.components(param.dtype), strict=True
+            )
+        ]
+        for role, storage in batch.layout.roles
+    }
     grad = inputs.grads[number].view(-1)
+    chunk = CHUNK - CHUNK % batch.layout.block(param.dtype)
     start = 0
     while start < param.numel():
         # Pieces end where the whole parameter's would, so that none straddles a boundary of the random keys.
-        end = min(start + CHUNK - (first + start) % CHUNK, param.numel())
-        yield {role: [t[start:end] for t in tensors] for role, tensors in whole.items()}, grad[start:end], first + start
+        end = min(start + chunk - (first + start) % chunk, param.numel())
+        piece = {role: [part[start // n : end // n] for part, n in parts] for role, parts in whole.items()}
+        yield piece, grad[start:end], first + start
         start = end
 
 

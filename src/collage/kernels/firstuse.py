@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from collage.kernels import eager
-from collage.kernels.contract import Batch, Hyper, Inputs
+from collage.kernels.contract import MOMENTS, Batch, Hyper, Inputs
 from collage.storage import Expansion
 
 _HYPER = Hyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
@@ -42,27 +42,37 @@ def check(name: str, step: Callable[[Batch, Inputs], Tensor | None], like: Batch
 
 
 def _sample(like: Batch, grad_dtype: torch.dtype, device: torch.device) -> tuple[Batch, Inputs]:
-    dtype, names = like.params[0].dtype, like.layout.state_names(like.params[0].dtype)
+    dtype, components = like.params[0].dtype, like.layout.components(like.params[0].dtype)
+    block = like.layout.block(dtype)
+    shapes = [torch.Size((size,)) if block == 1 else torch.Size((rows, block)) for rows, size in enumerate(_SIZES, 2)]
     # Of every magnitude from 2^-10 to 1, so that the low parts are not 0.
-    values = [torch.logspace(-10, 0, size, base=2.0, dtype=torch.float64).to(dtype) for size in _SIZES]
+    values = [
+        torch.logspace(-10, 0, shape.numel(), base=2.0, dtype=torch.float64).to(dtype).view(shape) for shape in shapes
+    ]
     batch = Batch(
         layout=like.layout,
         arithmetic=like.arithmetic,
         seed=7,
         params=[value.to(device, copy=True) for value in values],
         states=[
-            {name: torch.zeros(size, dtype=each, device=device) for name, each in names.items()} for size in _SIZES
+            {name: torch.zeros(each.shape(shape), dtype=each.dtype, device=device) for name, each in components.items()}
+            for shape in shapes
         ],
         steps=torch.zeros(
-            len(_SIZES), dtype=torch.float32, device=like.steps.device if device.type != "cpu" else device
+            len(shapes), dtype=torch.float32, device=like.steps.device if device.type != "cpu" else device
         ),
         ordinals=[0, 1],
-        firsts=[0, 2**32 - 40],
+        # The second tensor passes a boundary of the random keys, if its blocks can.
+        firsts=[0, 2**32 - 40 if block == 1 else 7 * block],
     )
     for param, state in zip(batch.params, batch.states, strict=True):
+        for role in MOMENTS:
+            getattr(batch.layout, role).clear(batch.layout.parts(role, param, state))
         parts = batch.layout.parts("param", param, state)
         batch.layout.param.store(param.to(torch.float32), parts, None, torch.empty_like(param, dtype=torch.float32))
-    grads = [torch.linspace(-1, 1, size, dtype=torch.float64).to(device, grad_dtype) for size in _SIZES]
+    grads = [
+        torch.linspace(-1, 1, shape.numel(), dtype=torch.float64).to(device, grad_dtype).view(shape) for shape in shapes
+    ]
     return batch, Inputs(_HYPER, grads)
 
 

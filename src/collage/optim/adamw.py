@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -14,14 +13,25 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from collage import kernels
-from collage.kernels import Hyper, Inputs, Layout
+from collage.kernels import MOMENTS, Hyper, Inputs, Layout
 from collage.optim import statedict
-from collage.optim.batches import GradOf, Member, Plan, Together, any_on_all_processes, is_sharded, local
+from collage.optim.batches import (
+    GradOf,
+    Member,
+    Plan,
+    Together,
+    any_on_all_processes,
+    is_sharded,
+    local,
+    local_parts,
+    new_component,
+    placed_as,
+)
 from collage.optim.checks import check_grad, check_group, check_options, check_working_eps, known_on_host
 from collage.optim.lowprecision import take_full_value, warn_of_replaced
 from collage.optim.operator import register, traced_step
 from collage.optim.states import States
-from collage.optim.strategies import Strategy, resolve
+from collage.optim.strategies import Strategy, layout_of
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,7 @@ class AdamW(Optimizer):
             for param in group["params"]:
                 value = take_full_value(param)
                 if value is not None:
-                    self._create_state(param, resolve(group["strategy"]).layout(param.dtype), ordinal, value)
+                    self._create_state(param, layout_of(group["strategy"], param), ordinal, value)
                 ordinal += 1
 
     # ---- the step --------------------------------------------------------------------------------------------------
@@ -282,7 +292,7 @@ class AdamW(Optimizer):
                 if grad is None:
                     continue
                 check_grad(param if is_sharded(grad) else local(param), grad, name)
-                layout = _layout(strategy, param.dtype)
+                layout = layout_of(strategy, param)
                 # A float32 parameter steps as plain float32 whatever the strategy and its arithmetic.
                 arithmetic = "fp32" if param.dtype == torch.float32 else group["arithmetic"]
                 check_working_eps(group, param.dtype)
@@ -306,11 +316,14 @@ class AdamW(Optimizer):
         state: dict[str, Tensor] = {"step": torch.zeros((), dtype=torch.float32)}
         if layout.stochastic:
             state["ordinal"] = torch.tensor(ordinal, dtype=torch.int64)
-        for name, dtype in layout.state_names(param.dtype).items():
-            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
-        full = (param if value is None else value).detach().to(torch.float32, copy=True)
+        for name, component in layout.components(param.dtype).items():
+            state[name] = new_component(param, component)
         with torch.no_grad():
-            layout.param.store(full, layout.parts("param", param.detach(), state), None, torch.empty_like(full))
+            here, parts = local(param.detach()), local_parts(layout, param, state)
+            for role in MOMENTS:
+                getattr(layout, role).clear(parts[role])
+            full = (here if value is None else local(value)).to(torch.float32, copy=True).contiguous()
+            layout.param.store(full, parts["param"], None, torch.empty_like(full))
         self.state[param] = state
 
     # ---- what people ask of it -------------------------------------------------------------------------------------
@@ -335,8 +348,9 @@ class AdamW(Optimizer):
                 state = self.state.get(param)
                 if not state:
                     return param.detach().to(dtype, copy=True)
-                layout = _layout(resolve(group["strategy"]), param.dtype)
-                return layout.param.exact(layout.parts("param", param.detach(), state)).to(dtype)
+                layout = layout_of(group["strategy"], param)
+                held = layout.param.exact(local_parts(layout, param, state)["param"]).to(dtype)
+                return placed_as(held, param)
         raise ValueError("full_param takes a parameter of this optimizer; this tensor is in none of its groups")
 
     def unscale_(self, scaler: torch.amp.GradScaler) -> None:
@@ -376,11 +390,6 @@ class AdamW(Optimizer):
 def _by_itself(value: Any) -> Any:
     shares = type(value) is Tensor and value.untyped_storage().nbytes() > value.nbytes
     return value.clone() if shares else value
-
-
-@cache
-def _layout(strategy: Strategy, dtype: torch.dtype) -> Layout:
-    return strategy.layout(dtype)
 
 
 def _hyper(group: dict[str, Any], lr: float) -> Hyper:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from collage import kernels
 from collage.kernels import Batch, Layout
+from collage.storage import Component
 
 # The state of at least _MANY parameters of at most _SMALL elements is kept in one tensor.
 _SMALL, _MANY = 1 << 14, 32
@@ -62,6 +63,31 @@ def local(tensor: Any) -> Tensor:
     part = tensor.to_local()
     # What a collective still computes has no memory yet.
     return part.wait() if hasattr(part, "wait") else part
+
+
+def local_parts(layout: Layout, param: Tensor, state: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The local components of each role."""
+    return {role: list(map(local, layout.parts(role, param.detach(), state))) for role, _ in layout.roles}
+
+
+def new_component(param: Any, component: Component) -> Tensor:
+    """A state tensor of zeros, sharded as the parameter is."""
+    if component.elements == 1:
+        return torch.zeros_like(param, dtype=component.dtype, memory_format=torch.contiguous_format)
+    shape = component.shape(param.shape)
+    if not is_sharded(param):
+        return torch.zeros(shape, dtype=component.dtype, device=param.device)
+    mesh, placements = param.device_mesh, param.placements
+    return torch.distributed.tensor.zeros(*shape, dtype=component.dtype, device_mesh=mesh, placements=placements)
+
+
+def placed_as(value: Tensor, param: Any) -> Tensor:
+    """The local part of a tensor of the parameter's shape as that tensor, sharded as the parameter is."""
+    if not is_sharded(param):
+        return value
+    return type(param.data).from_local(
+        value, param.device_mesh, param.placements, shape=param.shape, stride=param.stride(), run_check=False
+    )
 
 
 def runs(param: Any) -> list[tuple[int, int, int]]:
@@ -115,11 +141,13 @@ class Together:
         self.grad_dtype = grad_dtype
         self.sharded = any(is_sharded(m.param) for m in members)
         self.params = [m.param for m in members]
-        names = tuple(first.layout.state_names(first.param.dtype))
-        _check_states(members, states, first.layout.state_names(first.param.dtype))
+        components = first.layout.components(first.param.dtype)
+        names = tuple(components)
+        _check_states(members, states, components)
         for name in names:
             _gather_small(name, states)
         pieces = [(owner, *run) for owner, m in enumerate(members) for run in runs(m.param)]
+        _check_blocks(members, pieces, first.layout.block(first.param.dtype))
         self.owners = None if len(pieces) == len(members) else [owner for owner, *_ in pieces]
         self._slices = [(owner, begin, end) for owner, _, begin, end in pieces] if self.owners else None
         whole = [local(m.param.detach()).contiguous() for m in members]
@@ -145,7 +173,7 @@ class Together:
             arithmetic=first.arithmetic,
             seed=options["seed"],
             params=self.cut(whole),
-            states=self._cut_states(states, names),
+            states=self._cut_states(states, components),
             steps=self._join_steps(states, device),
             ordinals=[m.ordinal if "ordinal" not in states[o] else int(states[o]["ordinal"]) for o, m in self._owned()],
             firsts=[index for _, index, _, _ in pieces],
@@ -175,16 +203,21 @@ class Together:
         owners = range(len(self.members)) if self.owners is None else self.owners
         return ((owner, self.members[owner]) for owner in owners)
 
-    def cut(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The runs of the members' local tensors."""
+    def cut(self, tensors: Sequence[Tensor], elements: int = 1) -> list[Tensor]:
+        """The runs of the members' local tensors, an entry of which serves so many elements."""
         if self._slices is None:
             return list(tensors)
-        return [tensors[owner].view(-1)[begin:end] for owner, begin, end in self._slices]
+        return [tensors[owner].view(-1)[begin // elements : end // elements] for owner, begin, end in self._slices]
 
-    def _cut_states(self, states: list[dict[str, Tensor]], names: tuple[str, ...]) -> list[dict[str, Tensor]]:
+    def _cut_states(
+        self, states: list[dict[str, Tensor]], components: dict[str, Component]
+    ) -> list[dict[str, Tensor]]:
         # Detached, so that memory that is written lives even if somebody exchanges a tensor's data.
-        columns = [self.cut([local(state[name]).detach() for state in states]) for name in names]
-        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        columns = [
+            self.cut([local(state[name]).detach() for state in states], component.elements)
+            for name, component in components.items()
+        ]
+        return [dict(zip(components, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def _join_steps(self, states: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """One tensor for the step counts of all, so that one operation counts them; each state has its view."""
@@ -233,7 +266,18 @@ class Together:
         return self.cut(grads)
 
 
-def _check_states(members: list[Member], states: list[dict[str, Tensor]], names: dict[str, torch.dtype]) -> None:
+def _check_blocks(members: list[Member], pieces: list[tuple[int, int, int, int]], block: int) -> None:
+    """Raises ValueError where a parameter is sharded so that a block of its elements is cut."""
+    for owner, first, begin, end in pieces:
+        if any(place % block for place in (first, begin, end)):
+            raise ValueError(
+                f"{called(members[owner].name)} is sharded so that elements {first} to {first + end - begin - 1} are "
+                f"here, which are no whole blocks of {block}, as its strategy keeps them; shard it along its first "
+                "dimension, or take a strategy without blocks, such as 'plus'"
+            )
+
+
+def _check_states(members: list[Member], states: list[dict[str, Tensor]], names: dict[str, Component]) -> None:
     """Raises ValueError unless every state tensor is what the layout keeps for its parameter: kernels work on
     addresses."""
     for member, state in zip(members, states, strict=True):
@@ -244,14 +288,14 @@ def _check_states(members: list[Member], states: list[dict[str, Tensor]], names:
                 f"the state of {called(member.name)} lacks {', '.join(missing)}, which its strategy keeps; load a "
                 "state of this strategy, or construct a new optimizer"
             )
-        for name, dtype in names.items():
-            tensor = local(state[name])
+        for name, component in names.items():
+            tensor, dtype, shape = local(state[name]), component.dtype, torch.Size(component.shape(param.shape))
             found = (tensor.dtype, tensor.shape, tensor.device)
-            if found != (dtype, param.shape, param.device) or not tensor.is_contiguous():
+            if found != (dtype, shape, param.device) or not tensor.is_contiguous():
                 layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
                 raise ValueError(
                     f"{name} of {called(member.name)} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-                    f"{layout}; wanted {dtype} {tuple(param.shape)} on {param.device}, contiguous. If the parameter "
+                    f"{layout}; wanted {dtype} {tuple(shape)} on {param.device}, contiguous. If the parameter "
                     "was cast or resized after training had begun, construct a new optimizer, or see collage.convert"
                 )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from collage import kernels
 from collage.numerics import format_of
 from collage.optim.batches import called
-from collage.optim.strategies import Strategy, resolve, strategies
+from collage.optim.strategies import Strategy, layout_of, resolve, strategies
 
 ARITHMETICS = ("fp32", "working")
 
@@ -66,7 +66,7 @@ def check_group(group: dict[str, Any]) -> None:
             raise TypeError(
                 f"{called(name)} is {param.dtype}; allowed: floating-point parameters (not complex, integer)"
             )
-        strategy.layout(param.dtype)
+        layout_of(strategy, param)
         check_working_eps(group, param.dtype)
 
 

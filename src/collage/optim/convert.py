@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from collage.kernels import Layout
-from collage.optim.strategies import Strategy, resolve
+from collage.optim.strategies import Strategy, layout_of, resolve
 from collage.storage import Storage
 
 OWN_OPTIONS = ("strategy", "arithmetic", "backend", "seed")
@@ -105,7 +105,7 @@ def to_fp32(
         entry = optimizer["state"].get(key)
         if not entry:
             continue
-        layout = records[key].layout(model[name].dtype)
+        layout = layout_of(records[key], model[name])
         values = {role: _decode(layout, role, model[name], entry) for role, _ in layout.roles}
         state[key] = {"step": entry["step"].clone(), "exp_avg": values["exp_avg"], "exp_avg_sq": values["exp_avg_sq"]}
         for same in _tied(model, name):
@@ -128,13 +128,13 @@ def _encode(
     """One parameter's components from its float32 values; and the error of each logical tensor."""
     # What the strategy fixes (fp32) stays as it is fixed.
     own = strategy.param.components(dtype)[0].dtype
-    layout = strategy.layout(own)
     param = torch.empty_like(entry["param"], dtype=own)
+    layout = layout_of(strategy, param)
     state = {"step": entry["step"].clone()}
     if layout.stochastic:
         state["ordinal"] = torch.tensor(ordinal, dtype=torch.int64)
-    for name, kept in layout.state_names(own).items():
-        state[name] = torch.zeros_like(param, dtype=kept)
+    for name, component in layout.components(own).items():
+        state[name] = torch.zeros(component.shape(param.shape), dtype=component.dtype, device=param.device)
     errors = {}
     for role, storage in layout.roles:
         parts = layout.parts(role, param, state)

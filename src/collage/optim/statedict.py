@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim.optimizer import Optimizer
 
-from collage.optim.strategies import Strategy, resolve
+from collage.optim.strategies import Strategy, layout_of, resolve
 
 COUNTERS = ("step", "ordinal", "param_step")
 
@@ -114,15 +114,15 @@ def check_strategies(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def _check_entry(entry: dict[str, Any], param: Tensor, strategy: Strategy, key: Any) -> None:
-    layout = strategy.layout(param.dtype)
-    wanted = layout.state_names(param.dtype)
+    layout = layout_of(strategy, param)
+    wanted = layout.components(param.dtype)
     counters = {"step"} | ({"ordinal"} if layout.stochastic else set())
     if set(entry) != set(wanted) | counters:
         raise ValueError(
             f"the state of parameter {key} has {sorted(entry)}; strategy {strategy.name!r} on {param.dtype} keeps "
             f"{sorted(set(wanted) | counters)}. See collage.convert"
         )
-    expected = {name: (dtype, param.shape) for name, dtype in wanted.items()}
+    expected = {name: (each.dtype, torch.Size(each.shape(param.shape))) for name, each in wanted.items()}
     # A step kept in bfloat16 stops counting at 256.
     expected["step"] = (torch.float32, torch.Size())
     if layout.stochastic:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from collage.kernels import ROLES, Layout
-from collage.numerics import FP32, Format
-from collage.storage import Expansion, Kahan, Master, Rounded, Storage
+from collage.numerics import BF16, FP16, FP32, Format
+from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Storage
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Strategy:
         exp_avg: storage of AdamW's first moment m.
         exp_avg_sq: storage of its second moment v.
         summary: one line for people; no part of the comparison of strategies.
+        small: what keeps the parameters that one of the storages cannot keep, or None if they keep all. For storages in
+            blocks these are parameters of one dimension, of less than 4,096 elements, and those whose rows (all behind
+            the first dimension) no even number of 32 to 128 divides.
 
     Storages whose format is None take the parameter's own.
     """
@@ -31,12 +36,17 @@ class Strategy:
     exp_avg: Storage
     exp_avg_sq: Storage
     summary: str = field(default="", compare=False)
+    small: Strategy | None = None
 
-    def layout(self, dtype: torch.dtype) -> Layout:
+    def layout(self, dtype: torch.dtype, shape: torch.Size | None = None) -> Layout:
         """The storages for parameters of ``dtype``: a float32 parameter steps as plain float32 whatever the strategy.
 
+        Args:
+            dtype: of the parameters.
+            shape: of the whole parameter. None: one that every storage can keep, in blocks of their nominal size.
+
         Raises:
-            ValueError: the strategy cannot serve parameters of this dtype.
+            ValueError: the strategy cannot serve parameters of this dtype or shape.
         """
         if dtype == torch.float32:
             return Layout(_NEAREST, _NEAREST, _NEAREST)
@@ -52,7 +62,23 @@ class Strategy:
                 f"strategy {self.name!r} keeps parameters in {own}, got a parameter of {dtype}; cast the model to "
                 f"{own} or take a strategy for low-precision parameters such as 'plus'"
             )
-        return Layout(self.param, self.exp_avg, self.exp_avg_sq)
+        nominal = (self.param, self.exp_avg, self.exp_avg_sq)
+        try:
+            for storage in nominal:
+                storage.components(dtype)
+        except ValueError as error:
+            raise ValueError(f"strategy {self.name!r} cannot serve parameters of {dtype}: {error}") from error
+        if shape is None:
+            return Layout(*nominal)
+        param, exp_avg, exp_avg_sq = (storage.fitted(shape) for storage in nominal)
+        if param is not None and exp_avg is not None and exp_avg_sq is not None:
+            return Layout(param, exp_avg, exp_avg_sq)
+        if self.small is None:
+            raise ValueError(
+                f"strategy {self.name!r} cannot keep a parameter of shape {tuple(shape)} and names no strategy for "
+                "small parameters; give Strategy(..., small=...), for example collage.strategies()['fp32-states']"
+            )
+        return self.small.layout(dtype, shape)
 
     def bytes_per_param(self, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> float:
         """Bytes per parameter: the parameter with its extras, both moments, and the gradient in the parameter's dtype.
@@ -60,6 +86,8 @@ class Strategy:
         Args:
             dtype: of the model's parameters; a strategy that fixes their format (fp32) counts with its own.
             grad: whether to count the gradient.
+
+        Parameters that ``small`` keeps are not counted: of a large model they are a thousandth.
         """
         # A float32 parameter steps as plain float32, see layout(); the strategy "fp32" counts as such for any dtype.
         storages = [_NEAREST if dtype == torch.float32 else getattr(self, role) for role in ROLES]
@@ -79,7 +107,7 @@ class Strategy:
             settings = {f.name: getattr(storage, f.name) for f in fields(storage)}
             plain = {key: value.name if isinstance(value, Format) else value for key, value in settings.items()}
             record[role] = {"storage": type(storage).__name__, **plain}
-        return record
+        return record if self.small is None else {**record, "small": self.small.to_dict()}
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> Strategy:
@@ -88,14 +116,19 @@ class Strategy:
         for role in ROLES:
             settings = dict(record[role])
             storages[role] = _STORAGES[settings.pop("storage")](**settings)
-        return Strategy(record["name"], **storages, summary=record.get("summary", ""))
+        small = Strategy.from_dict(record["small"]) if "small" in record else None
+        return Strategy(record["name"], **storages, summary=record.get("summary", ""), small=small)
 
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-_STORAGES: dict[str, type[Storage]] = {each.__name__: each for each in (Rounded, Expansion, Kahan, Master)}
+_KINDS = (Rounded, Expansion, Kahan, Master, Remainder, Blockwise)
+_STORAGES: dict[str, type[Storage]] = {each.__name__: each for each in _KINDS}
 _NEAREST = Rounded()
 _FP32 = Rounded(FP32)
 _UNBIASED = Expansion(2, rounding="stochastic")
+_UNBIASED_SCALED = Expansion(2, rounding="stochastic", scaled=True)
+_CODES = (Blockwise("softsign"), Blockwise("root4"))
+_WIDE = Strategy("wide", _UNBIASED_SCALED, _FP32, _FP32, "hi + lo, lo unbiased, with float32 moments")
 
 _TABLE = (
     Strategy("plain", _NEAREST, _NEAREST, _NEAREST, "everything to nearest: loses small updates (paper: A)"),
@@ -108,12 +141,53 @@ _TABLE = (
     Strategy("fp32-states", _NEAREST, _FP32, _FP32, "moments in float32, parameter to nearest (paper: D^-MW)"),
     Strategy("mixed", Master(), _FP32, _FP32, "float32 master copy and moments (paper: D)"),
     Strategy("fp32", _FP32, _FP32, _FP32, "everything in float32"),
+    Strategy("exact", Remainder(16), _NEAREST, _UNBIASED, "bf16 + 16-bit remainder = float32 to the bit; moments as plus"),
+    Strategy("exact-fp32-states", Remainder(16), _FP32, _FP32, "as mixed to the bit, without a master copy"),
+    Strategy(
+        "compact",
+        Remainder(8, rounding="stochastic"),
+        *_CODES,
+        "parameter with an 8-bit remainder, moments in 8 bits, unbiased",
+        _WIDE,
+    ),
+    Strategy(
+        "compact-4bit",
+        Remainder(4, rounding="stochastic"),
+        *_CODES,
+        "compact with a 4-bit remainder",
+        _WIDE,
+    ),
+    Strategy(
+        "fp16",
+        Expansion(2, FP16, "stochastic", scaled=True),
+        Rounded(BF16),
+        Expansion(2, BF16, "stochastic"),
+        "float16 parameter as hi + scaled lo; moments keep bfloat16's range",
+    ),
+    Strategy(
+        "naive-8bit",
+        _NEAREST,
+        Blockwise("softsign", rounding="nearest"),
+        Blockwise("root4", rounding="nearest"),
+        "for study: moments in 8 bits, everything to nearest",
+        Strategy("wide-nearest", _NEAREST, _FP32, _FP32, "parameter to nearest, float32 moments"),
+    ),
 )
 
 
 def strategies() -> dict[str, Strategy]:
     """Name -> record of every strategy, in the order of the documentation's table."""
     return {strategy.name: strategy for strategy in _TABLE}
+
+
+def layout_of(strategy: str | Strategy | dict[str, Any], param: Tensor) -> Layout:
+    """The storages of one parameter: of the whole of it, where it is sharded."""
+    return _layout(resolve(strategy), param.dtype, param.shape)
+
+
+@lru_cache(maxsize=4096)
+def _layout(strategy: Strategy, dtype: torch.dtype, shape: torch.Size) -> Layout:
+    return strategy.layout(dtype, shape)
 
 
 def resolve(strategy: str | Strategy | dict[str, Any]) -> Strategy:

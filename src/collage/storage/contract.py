@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class Component:
             ``exp_avg``, ``exp_avg_sq``). The leading component of a parameter is the parameter itself and stands in no
             state.
         dtype: its torch dtype.
-        elements: how many elements of the logical tensor one entry serves (1, or the size of a block).
+        elements: how many elements of the logical tensor one entry serves (1, or the size of a block). Those of one
+            entry are consecutive and of one row.
     """
 
     name: str
@@ -41,6 +43,11 @@ class Component:
     def bytes_per_element(self) -> float:
         """Bytes that one element of the logical tensor takes in this component."""
         return self.dtype.itemsize / self.elements
+
+    def shape(self, whole: torch.Size) -> tuple[int, ...]:
+        """Its shape for a logical tensor of the shape ``whole``: the same, or [rows, entries of a row], so that it is
+        sharded along the first dimension as the tensor is."""
+        return tuple(whole) if self.elements == 1 else (whole[0], row_length(whole) // self.elements)
 
 
 class Storage(ABC):
@@ -74,6 +81,10 @@ class Storage(ABC):
         """Whether the arithmetic that rounds every operation to the format is defined for this storage."""
         return False
 
+    def fitted(self, shape: torch.Size) -> Storage | None:
+        """This storage for logical tensors of ``shape``, or None if it cannot keep such tensors."""
+        return self
+
     def bytes_per_element(self, dtype: torch.dtype) -> float:
         """Bytes per element of the logical tensor, over all components."""
         return sum(component.bytes_per_element for component in self.components(dtype))
@@ -81,6 +92,11 @@ class Storage(ABC):
     def state_names(self, role: str, dtype: torch.dtype) -> tuple[str, ...]:
         """Names of all components in ``optimizer.state``; the first is the parameter itself where role is "param"."""
         return tuple(component.name.format(role=role) for component in self.components(dtype))
+
+    def clear(self, parts: Parts) -> None:
+        """Makes fresh components hold zeros."""
+        for part in parts:
+            part.zero_()
 
     @abstractmethod
     def load(self, parts: Parts, out: Tensor) -> Tensor:
@@ -116,6 +132,12 @@ class Storage(ABC):
     def working_average(self, parts: Parts, beta: float, addend: Tensor) -> None:
         """``value = beta * value + addend``, with every operation rounded to the format."""
         raise TypeError(f"{self!r} has no arithmetic of its own format; use arithmetic='fp32'")
+
+
+def row_length(shape: torch.Size) -> int:
+    """Elements of a row: of everything behind the first dimension. A tensor of one dimension is one column; its rows
+    hold one element."""
+    return prod(shape[1:])
 
 
 def operand(part: Tensor) -> Tensor:

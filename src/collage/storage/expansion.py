@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from collage.numerics import (
+    FP16,
     format_of,
     from_wide,
     grow,
@@ -32,17 +33,23 @@ class Expansion(Storage):
         n: number of components, 2 to 4.
         format: see :class:`Storage`.
         rounding: of the last component: "nearest" or "stochastic".
+        scaled: whether a float16 lo is kept times 2**11, which makes it as large as hi: unscaled it is subnormal from
+            hi = 1/4 down, and its last bit is 2**-24 for every smaller hi. Other formats have the room and are not
+            scaled. Two components alone.
     """
 
     n: int = 2
     format: FormatLike = None
     rounding: str = "nearest"
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rounding(self.rounding)
         if self.n not in (2, 3, 4):
             raise ValueError(f"an expansion has 2, 3 or 4 components, got {self.n}")
+        if self.scaled and self.n != 2:
+            raise ValueError(f"a scaled expansion has 2 components, got {self.n}")
 
     @property
     def stochastic(self) -> bool:
@@ -51,8 +58,8 @@ class Expansion(Storage):
 
     @property
     def has_working_arithmetic(self) -> bool:
-        """With the last component to nearest, in the parameter's own format."""
-        return not self.stochastic and self.format is None
+        """With the last component to nearest, in the parameter's own format, unscaled."""
+        return not (self.stochastic or self.scaled) and self.format is None
 
     def components(self, dtype: torch.dtype) -> tuple[Component, ...]:
         """``role``, ``role_lo``, and for longer expansions ``role_lo2``, ``role_lo3``."""
@@ -62,6 +69,8 @@ class Expansion(Storage):
     def load(self, parts: Parts, out: Tensor) -> Tensor:
         """``RN32(hi + RN32(lo + ...))``: exact for what a store from float32 wrote."""
         out.copy_(parts[-1])
+        if self.scaled:
+            out.mul_(1.0 / self._factor(parts))
         for part in reversed(parts[:-1]):
             out.add_(operand(part))
         return out
@@ -76,17 +85,26 @@ class Expansion(Storage):
             return self._write(parts, from_wide(total, format_of(parts[0]), self.n))
         round_into(total, parts[0])
         self._subtract_(total, parts[0])
-        round_into(total, parts[1])
+        round_into(self._scale_(total, parts), parts[1])
 
     def _round(self, value: Tensor, parts: Parts, bits: Tensor | None, scratch: Tensor) -> None:
         """Rounds greedily, component by component."""
         for part in parts[:-1]:
             round_into(value, part)
             self._subtract_(value, part)
+        self._scale_(value, parts)
         if bits is None:
             round_into(value, parts[-1])
         else:
             round_stochastic_into(value, parts[-1], bits, scratch)
+
+    def _factor(self, parts: Parts) -> float:
+        """What lo is kept times: a power of two."""
+        return 2.0**FP16.precision if self.scaled and parts[-1].dtype == torch.float16 else 1.0
+
+    def _scale_(self, value: Tensor, parts: Parts) -> Tensor:
+        """``value`` as lo is kept. Exact: a residual is far from overflow."""
+        return value.mul_(self._factor(parts)) if self.scaled else value
 
     @staticmethod
     def _subtract_(value: Tensor, part: Tensor) -> None:
@@ -95,15 +113,15 @@ class Expansion(Storage):
 
     def exact(self, parts: Parts) -> Tensor:
         """The sum, from the smallest component up."""
-        total = parts[-1].to(torch.float64)
+        total = parts[-1].to(torch.float64) / self._factor(parts)
         for part in reversed(parts[:-1]):
             total = total + part.to(torch.float64)
         return total
 
     def moved(self, new: Parts, old: Parts) -> Tensor:
         """Sum of the components' own differences: a change far below hi is not rounded away by hi."""
-        total = torch.zeros_like(new[0], dtype=torch.float64)
-        for after, before in zip(reversed(new), reversed(old), strict=True):
+        total = (new[-1].to(torch.float64) - old[-1].to(torch.float64)) / self._factor(new)
+        for after, before in zip(reversed(new[:-1]), reversed(old[:-1]), strict=True):
             total = total + (after.to(torch.float64) - before.to(torch.float64))
         return total
 
