@@ -15,9 +15,23 @@ LOW = [name for name in STRATEGIES if name != "fp32"]
 WORKING = [name for name, strategy in collage.strategies().items() if strategy.has_working_arithmetic]
 
 
+def serves(strategy: str, dtype: torch.dtype) -> bool:
+    """Whether a strategy serves low-precision parameters of a dtype."""
+    try:
+        collage.strategies()[strategy].layout(dtype)
+    except ValueError:
+        return False
+    return True
+
+
+# Every strategy for low-precision parameters with every dtype that it serves.
+CASES = [(name, dtype) for name in LOW for dtype in (torch.bfloat16, torch.float16) if serves(name, dtype)]
+
+
 def dtype_of(strategy: str) -> torch.dtype:
     """What a model's parameters are for a strategy."""
-    return torch.float32 if strategy == "fp32" else torch.bfloat16
+    served = (dtype for dtype in (torch.bfloat16, torch.float16) if serves(strategy, dtype))
+    return next(served, torch.float32)
 
 
 def values(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat16, spread: float = 0.05) -> Tensor:

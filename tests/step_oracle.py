@@ -8,6 +8,7 @@ and the record of a strategy as plain words.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -135,7 +136,22 @@ STRATEGIES = {
     "fp32-states": Words("nearest", "nearest", moments="fp32"),
     "mixed": Words("master", "nearest", moments="fp32"),
     "fp32": Words("nearest", "nearest", moments="fp32", own="fp32"),
+    "exact": Words("exact", "pair-stochastic"),
+    "exact-fp32-states": Words("exact", "nearest", moments="fp32"),
+    # Parameters of one dimension, which have no blocks.
+    "compact": Words("scaled-pair-stochastic", "nearest", moments="fp32"),
+    "compact-4bit": Words("scaled-pair-stochastic", "nearest", moments="fp32"),
+    "fp16": Words("scaled-pair-stochastic", "pair-stochastic", moments="bf16"),
+    "naive-8bit": Words("nearest", "nearest", moments="fp32"),
 }
+# What each serves; 16 bits behind float16 are more than float32 has.
+SERVED = {name: ("bf16", "fp16") for name in STRATEGIES} | {
+    "fp32": ("fp32",),
+    "exact": ("bf16",),
+    "exact-fp32-states": ("bf16",),
+    "fp16": ("fp16",),
+}
+CASES = [(name, fmt) for name, formats in SERVED.items() for fmt in formats]
 
 
 @dataclass(frozen=True)
@@ -167,18 +183,18 @@ def scalars(hyper: Hyper, step: int) -> dict[str, float]:
     }
 
 
-def store_pair(x: float, fmt: str, bits: int | None) -> tuple[float, float]:
-    """x onto the grid of the low part, then split anew: (hi, lo) with hi = RN(hi + lo)."""
+def store_pair(x: float, fmt: str, bits: int | None, scale: int = 1) -> tuple[float, float]:
+    """x onto the grid of the low part, then split anew: (hi, lo) with hi = RN(hi + lo); lo is kept times ``scale``."""
     hi = nearest(x, fmt)
     if not math.isfinite(hi):
         return hi, 0.0
-    rest = float(Fraction(x) - Fraction(hi))
+    rest = float((Fraction(x) - Fraction(hi)) * scale)
     lo = nearest(rest, fmt) if bits is None else stochastic(rest, fmt, bits)
-    total = Fraction(hi) + Fraction(lo)
+    total = Fraction(hi) + Fraction(lo) / scale
     hi = nearest(total, fmt)
     if not math.isfinite(hi):
         return hi, 0.0
-    return hi, nearest(total - Fraction(hi), fmt)
+    return hi, nearest((total - Fraction(hi)) * scale, fmt)
 
 
 @dataclass
@@ -188,15 +204,36 @@ class Element:
     words: Words
     fmt: str
     param: float
-    extra: float = 0.0  # lo, the compensation, or the master value
+    extra: float = 0.0  # lo, the compensation, or the value itself
     m: float = 0.0
     v: float = 0.0
     v_lo: float = 0.0
     step: int = field(default=0)
 
     def __post_init__(self) -> None:
-        if self.words.param == "master":
+        if self.holds_value:
             self.extra = self.param
+
+    @property
+    def holds_value(self) -> bool:
+        """Whether ``extra`` is the float32 value."""
+        return self.words.param in ("master", "exact")
+
+    @property
+    def scale(self) -> int:
+        """What the low part is kept times."""
+        return 2**11 if self.words.param.startswith("scaled") and self.fmt == "fp16" else 1
+
+    @property
+    def remainder(self) -> float:
+        """How far the value's pattern is from that of hi, as numbers that grow with the magnitude."""
+        patterns = (struct.unpack("<i", struct.pack("<f", abs(x)))[0] for x in (self.extra, self.param))
+        return float(next(patterns) - next(patterns))
+
+    @property
+    def held(self) -> Fraction:
+        """The value that the components hold together."""
+        return Fraction(self.extra) if self.holds_value else Fraction(self.extra) / self.scale + Fraction(self.param)
 
     # ---- arithmetic="fp32" -----------------------------------------------------------------------------------------
 
@@ -219,9 +256,9 @@ class Element:
 
     def value(self) -> float:
         """What the strategy holds, as float32."""
-        if self.words.param == "master":
+        if self.holds_value:
             return self.extra
-        return FP32.add(self.extra, self.param)
+        return FP32.add(self.extra / self.scale, self.param)
 
     def _keep_moments(self, m: float, v: float, bits: Callable[[int], int]) -> None:
         fmt = self.words.moments or self.fmt
@@ -247,8 +284,12 @@ class Element:
             self.param = stochastic(value, fmt, bits(0))
         elif kind == "master":
             self.param, self.extra = nearest(value, fmt), value
+        elif kind == "exact":
+            # A draw of one half: ties go away from zero.
+            self.param, self.extra = stochastic(value, fmt, 2**15), value
         else:
-            self.param, self.extra = store_pair(value, fmt, bits(0) if kind == "pair-stochastic" else None)
+            draw = bits(0) if kind.endswith("pair-stochastic") else None
+            self.param, self.extra = store_pair(value, fmt, draw, self.scale)
 
     # ---- arithmetic="working": paper section 4, operation by operation ----------------------------------------------
 

@@ -79,8 +79,8 @@ def test_an_unavailable_backend_is_refused_with_its_reason_and_an_unknown_one_wi
 def batch(count: int) -> tuple[Batch, list[torch.Tensor]]:
     layout = collage.strategies()["plus"].layout(torch.bfloat16)
     params = [values((50,), i) for i in range(count)]
-    names = layout.state_names(torch.bfloat16)
-    states = [{name: torch.zeros(50, dtype=dtype) for name, dtype in names.items()} for _ in params]
+    components = layout.components(torch.bfloat16)
+    states = [{name: torch.zeros(50, dtype=each.dtype) for name, each in components.items()} for _ in params]
     made = Batch(layout, "fp32", 0, params, states, torch.zeros(count), list(range(count)), [0] * count)
     return made, [values((50,), 10 + i) for i in range(count)]
 

@@ -31,13 +31,13 @@ def run(
     return opt
 
 
-SHAPES = [(), (1,), (0,), (3, 0, 2), (63,), (64,), (65,), (7, 11, 13), (1000, 3)]
+SHAPES = [(), (1,), (0,), (3, 0, 2), (63,), (64,), (65,), (7, 11, 13), (1000, 3), (50, 122)]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_pieces_of_any_length_give_the_same_bits(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(SHAPES, strategy, backend="eager")
-    for chunk in (64, 1024):
+    for chunk in (128, 1024):
         cut_into(monkeypatch, chunk)
         assert_same(run(SHAPES, strategy, backend="eager"), whole)
 

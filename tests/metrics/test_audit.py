@@ -18,9 +18,9 @@ from collage.kernels import SUMS, eager
 from collage.metrics import Record
 from collage.numerics import random_bits
 from collage.optim import StepRow
-from comparing import LOW, STRATEGIES, WORKING, assert_same, dtype_of, values
+from comparing import STRATEGIES, WORKING, assert_same, dtype_of, values
+from step_oracle import CASES, Arithmetic, Element, Hyper, nearest, scalars
 from step_oracle import STRATEGIES as WORDS
-from step_oracle import Arithmetic, Element, Hyper, nearest, scalars
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -42,10 +42,6 @@ class Keeper:
         return dict(zip(SUMS, torch.stack([row.sums for row in self.seen[-1][1]]).sum(0).tolist(), strict=True))
 
 
-def held(element: Element) -> Fraction:
-    return Fraction(element.extra) + (0 if element.words.param == "master" else Fraction(element.param))
-
-
 def v_of(element: Element) -> Fraction:
     return Fraction(element.v) + Fraction(element.v_lo)
 
@@ -56,7 +52,7 @@ def exact_sums(
     """The sums by their definition (docs/audit.md), as rationals."""
     sums = dict.fromkeys(SUMS, Fraction(0))
     for old, new, update, grad in zip(before, after, updates, grads, strict=True):
-        u, e, e_hi = Fraction(update), held(new) - held(old), Fraction(new.param) - Fraction(old.param)
+        u, e, e_hi = Fraction(update), new.held - old.held, Fraction(new.param) - Fraction(old.param)
         decay = Fraction(beta2) * v_of(old) + (1 - Fraction(beta2)) * Fraction(grad) ** 2 - v_of(old)
         sums["moved_dot_update"] += e * u
         sums["moved_hi_dot_update"] += e_hi * u
@@ -76,9 +72,6 @@ def assert_sums(found: dict[str, float], exact: dict[str, Fraction]) -> None:
     scale = float(exact["update_dot_update"])
     for column in SUMS[:3]:
         assert found[column] == pytest.approx(float(exact[column]), rel=1e-12, abs=1e-14 * scale), column
-
-
-CASES = [(name, fmt) for name in LOW for fmt in ("bf16", "fp16")] + [("fp32", "fp32")]
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-6])

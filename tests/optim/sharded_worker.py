@@ -14,17 +14,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import collage
-from comparing import bits, values
+from comparing import bits, dtype_of, values
 
-SHAPES = [(37, 24), (33, 24), (24,), (1, 24), (5, 3, 4)]
-
-
-def grads(step: int) -> list[torch.Tensor]:
-    return [values(shape, 10 * step + i + 20) for i, shape in enumerate(SHAPES)]
+SHAPES = [(37, 24), (33, 24), (24,), (1, 24), (5, 3, 4), (33, 256)]
 
 
-def start() -> list[torch.Tensor]:
-    return [values(shape, i) for i, shape in enumerate(SHAPES)]
+def grads(step: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [values(shape, 10 * step + i + 20, dtype) for i, shape in enumerate(SHAPES)]
+
+
+def start(dtype: torch.dtype) -> list[torch.Tensor]:
+    return [values(shape, i, dtype) for i, shape in enumerate(SHAPES)]
 
 
 def optimizer(params: list[nn.Parameter], strategy: str) -> collage.AdamW:
@@ -32,17 +32,21 @@ def optimizer(params: list[nn.Parameter], strategy: str) -> collage.AdamW:
 
 
 def alone(strategy: str, steps: int) -> collage.AdamW:
-    params = [nn.Parameter(value) for value in start()]
+    dtype = dtype_of(strategy)
+    params = [nn.Parameter(value) for value in start(dtype)]
     opt = optimizer(params, strategy)
     for step in range(steps):
-        for param, grad in zip(params, grads(step), strict=True):
+        for param, grad in zip(params, grads(step, dtype), strict=True):
             param.grad = grad
         opt.step()
     return opt
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # No process group gathers int16.
+    return tensor.to(torch.int32).full_tensor().short() if tensor.dtype == torch.int16 else tensor.full_tensor()
 
 
 def assert_equal(opt: collage.AdamW, reference: collage.AdamW) -> None:
@@ -56,15 +60,15 @@ def assert_equal(opt: collage.AdamW, reference: collage.AdamW) -> None:
 
 def placed(strategy: str, placements: list[Shard | Replicate]) -> None:
     """Parameters sharded along the given dimensions, uneven shards included, step as whole ones."""
-    mesh = init_device_mesh("cpu", (2,))
+    mesh, dtype = init_device_mesh("cpu", (2,)), dtype_of(strategy)
     where = [
         p if not isinstance(p, Shard) or p.dim < len(s) else Replicate()
         for p, s in zip(placements, SHAPES, strict=True)
     ]
-    params = [nn.Parameter(distribute_tensor(value, mesh, [p])) for value, p in zip(start(), where, strict=True)]
+    params = [nn.Parameter(distribute_tensor(value, mesh, [p])) for value, p in zip(start(dtype), where, strict=True)]
     opt = optimizer(params, strategy)
     for step in range(3):
-        for param, grad, place in zip(params, grads(step), where, strict=True):
+        for param, grad, place in zip(params, grads(step, dtype), where, strict=True):
             param.grad = distribute_tensor(grad, mesh, [place])
         opt.step()
     reference = alone(strategy, 3)
@@ -78,14 +82,14 @@ def fsdp(strategy: str) -> None:
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(24, 37, bias=False), nn.Linear(37, 3)).to(torch.bfloat16)
+        return nn.Sequential(nn.Linear(24, 37, bias=False), nn.Linear(37, 128), nn.Linear(128, 33)).to(dtype)
 
-    mesh = init_device_mesh("cpu", (2,))
-    x = values((4, 24), 3, spread=1.0)
+    mesh, dtype = init_device_mesh("cpu", (2,)), dtype_of(strategy)
+    x = values((4, 24), 3, dtype, spread=1.0)
 
     def train(net: nn.Module, opt: collage.AdamW, steps: int) -> None:
         for _ in range(steps):
-            net(x).float().square().mean().backward()
+            (net(x).float().square().mean() * 2.0**10).backward()
             opt.step()
             opt.zero_grad()
 

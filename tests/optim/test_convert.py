@@ -10,16 +10,18 @@ from torch import nn
 
 import collage
 from collage import convert
+from comparing import LOW, dtype_of
 
-LOW = [name for name in collage.strategies() if name != "fp32"]
 # Worst error of a parameter as a share of the tensor's largest magnitude: half a unit of the last kept bit.
-BOUNDS = {"plain": 2**-8, "stochastic": 2**-8, "fp32-states": 2**-8, "mixed": 0.0}
+NEAREST = ("plain", "stochastic", "fp32-states", "naive-8bit")
+BOUNDS = {**dict.fromkeys(NEAREST, 2**-8), **dict.fromkeys(("mixed", "exact", "exact-fp32-states"), 0.0)}
+BOUNDS |= {"compact": 2**-16, "compact-4bit": 2**-12}
 PAIR_BOUND = 2**-17
 
 
 def trained(steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    net = nn.Sequential(nn.Linear(64, 66), nn.LayerNorm(66), nn.Linear(66, 2))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     for step in range(steps):
         give_gradients(net, step)
@@ -46,14 +48,17 @@ def loaded(result: convert.Conversion, strategy: str, dtype: torch.dtype) -> tup
 @pytest.mark.parametrize("strategy", LOW)
 def test_a_float32_checkpoint_becomes_a_strategys_within_its_storages_bound(strategy: str, steps: int) -> None:
     net, optimizer = trained(steps)
-    result = convert.from_fp32(net.state_dict(), optimizer.state_dict(), strategy=strategy)
-    low, taken = loaded(result, strategy, torch.bfloat16)
+    dtype = dtype_of(strategy)
+    result = convert.from_fp32(net.state_dict(), optimizer.state_dict(), strategy=strategy, dtype=dtype)
+    low, taken = loaded(result, strategy, dtype)
     bound = BOUNDS.get(strategy, PAIR_BOUND)
     worst = 0.0
     for param, full in zip(low.parameters(), net.parameters(), strict=True):
         error = (taken.full_param(param, torch.float64) - full.double()).abs().max().item()
         worst = max(worst, error / (full.abs().max().item() or 1.0))
-        assert torch.equal(param, full.bfloat16())
+        # A store rounds to the last bit that it keeps before it rounds to the format: near a tie that may differ.
+        spacing = (full.abs() * torch.finfo(dtype).eps).clamp(min=torch.finfo(dtype).smallest_normal * 2**-7)
+        assert ((param.float() - full).abs() <= spacing * (0.5 + 2**-4)).all()
         assert taken.state[param]["step"].item() == steps
     assert worst <= bound
     assert result.worst["param"] == worst
@@ -80,20 +85,21 @@ def test_where_storages_are_float32_the_way_there_and_back_is_exact_and_training
 @pytest.mark.parametrize("strategy", LOW)
 def test_to_float32_and_back_restores_a_low_precision_checkpoint_bit_for_bit(strategy: str) -> None:
     net, optimizer = trained()
+    dtype = dtype_of(strategy)
     low, taken = loaded(
-        convert.from_fp32(net.state_dict(), optimizer.state_dict(), strategy=strategy), strategy, torch.bfloat16
+        convert.from_fp32(net.state_dict(), optimizer.state_dict(), strategy=strategy, dtype=dtype), strategy, dtype
     )
     for step in range(3, 6):
         give_gradients(low, step)
         taken.step()
     saved, model = taken.state_dict(), low.state_dict()
     full = convert.to_fp32(model, saved)
-    again = convert.from_fp32(full.model, full.optimizer, strategy=strategy)
+    again = convert.from_fp32(full.model, full.optimizer, strategy=strategy, dtype=dtype)
     assert again.optimizer is not None
-    for name, tensor in model.items():
-        assert torch.equal(again.model[name], tensor)
     if strategy == "kahan":  # its c is not bound to p: the pair may come back as another pair of the same value
         return
+    for name, tensor in model.items():
+        assert torch.equal(again.model[name], tensor)
     for key, entry in saved["state"].items():
         assert entry.keys() == again.optimizer["state"][key].keys()
         assert all(torch.equal(value, again.optimizer["state"][key][name]) for name, value in entry.items())

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import collage
-from comparing import LOW, values
+from comparing import CASES, values
 
 DTYPES = (torch.bfloat16, torch.float16)
-KEEPS_ALL = ("mixed",)
-KEEPS_MORE = ("kahan", "light", "plus", "light-nearest", "plus-nearest")
+KEEPS_ALL = ("mixed", "exact", "exact-fp32-states")
+KEEPS_MORE = ("kahan", "light", "plus", "light-nearest", "plus-nearest", "compact", "compact-4bit", "fp16")
 
 
 def model() -> nn.Module:
@@ -58,8 +58,7 @@ def test_bfloat16_is_the_default_and_other_dtypes_are_refused() -> None:
         collage.to_low_precision(model(), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("strategy", LOW)
+@pytest.mark.parametrize(("strategy", "dtype"), CASES)
 def test_the_optimizer_holds_what_its_strategy_can_before_the_first_step(strategy: str, dtype: torch.dtype) -> None:
     net = model()
     wanted = full(net)

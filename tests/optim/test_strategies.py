@@ -8,7 +8,7 @@ from torch import nn
 
 import collage
 from collage.optim import resolve
-from comparing import STRATEGIES, assert_same, dtype_of, values
+from comparing import CASES, STRATEGIES, assert_same, dtype_of, values
 
 # The design's table: bytes per parameter with a gradient of the parameter's dtype.
 BYTES = {
@@ -22,10 +22,17 @@ BYTES = {
     "fp32-states": 12,
     "mixed": 16,
     "fp32": 16,
+    "exact": 12,
+    "exact-fp32-states": 14,
+    "compact": 7.0625,
+    "compact-4bit": 6.5625,
+    "fp16": 12,
+    "naive-8bit": 6.0625,
 }
 HALF, WIDE = "half", torch.float32
 MOMENTS = {"exp_avg": HALF, "exp_avg_sq": HALF}
 LO = {"param_lo": HALF}
+CODES = {"exp_avg": torch.int8, "exp_avg_scale": WIDE, "exp_avg_sq": torch.uint8, "exp_avg_sq_scale": WIDE}
 # What each keeps beside `step`, in order; "half" is the parameter's own dtype. Stochastic ones also keep `ordinal`.
 STATE = {
     "plain": MOMENTS,
@@ -37,15 +44,23 @@ STATE = {
     "plus-nearest": {**LO, **MOMENTS, "exp_avg_sq_lo": HALF},
     "fp32-states": {"exp_avg": WIDE, "exp_avg_sq": WIDE},
     "mixed": {"master_param": WIDE, "exp_avg": WIDE, "exp_avg_sq": WIDE},
+    "exact": {"param_remainder": torch.int16, **MOMENTS, "exp_avg_sq_lo": HALF},
+    "exact-fp32-states": {"param_remainder": torch.int16, "exp_avg": WIDE, "exp_avg_sq": WIDE},
+    "compact": {"param_remainder": torch.int8, **CODES},
+    "compact-4bit": {"param_remainder": torch.uint8, **CODES},
+    "fp16": {**LO, **dict.fromkeys(("exp_avg", "exp_avg_sq", "exp_avg_sq_lo"), torch.bfloat16)},
+    "naive-8bit": CODES,
 }
-STOCHASTIC = {"stochastic", "light", "plus"}
-CASES = [(name, dtype) for name in STATE for dtype in (torch.bfloat16, torch.float16)]
+# Those that serve several elements with one entry.
+SHARED = {"exp_avg_scale": (64, 1), "exp_avg_sq_scale": (64, 1), "compact-4bit param_remainder": (64, 64)}
+STOCHASTIC = {"stochastic", "light", "plus", "exact", "compact", "compact-4bit", "fp16"}
+SHAPE = (64, 128)
 
 
-def stepped(name: str, dtype: torch.dtype, count: int = 1000) -> tuple[nn.Parameter, collage.AdamW]:
-    param = nn.Parameter(values((count,), 0, dtype))
+def stepped(name: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> tuple[nn.Parameter, collage.AdamW]:
+    param = nn.Parameter(values(shape, 0, dtype))
     opt = collage.AdamW([param], strategy=name)
-    param.grad = values((count,), 1, dtype)
+    param.grad = values(shape, 1, dtype)
     opt.step()
     return param, opt
 
@@ -65,8 +80,8 @@ def test_bytes_per_param_is_the_designs_and_that_of_the_real_tensors(name: str) 
     tensors = [param, param.grad, *(t for key, t in opt.state[param].items() if key not in ("step", "ordinal"))]
     counted = sum(t.numel() * t.element_size() for t in tensors) / param.numel()
     strategy = collage.strategies()[name]
-    assert strategy.bytes_per_param() == strategy.bytes_per_param(torch.float16) == BYTES[name] == counted
-    assert strategy.bytes_per_param(grad=False) == counted - param.grad.element_size()
+    assert strategy.bytes_per_param(dtype) == BYTES[name] == counted
+    assert strategy.bytes_per_param(dtype, grad=False) == counted - param.grad.element_size()
 
 
 @pytest.mark.parametrize("name", BYTES)
@@ -102,7 +117,8 @@ def test_the_state_has_exactly_these_names_and_dtypes(name: str, dtype: torch.dt
     assert {key: t.dtype for key, t in state.items()} == counters | wanted
     for key, tensor in state.items():
         assert isinstance(tensor, torch.Tensor)
-        assert tensor.shape == (() if key in counters else param.shape)
+        shared = SHARED.get(key) or SHARED.get(f"{name} {key}")
+        assert tensor.shape == (() if key in counters else shared or param.shape)
     # Everything a strategy keeps stands in optimizer.state.
     assert set(opt.state_dict()["state"][0]) == set(state)
 
@@ -113,9 +129,9 @@ def test_a_record_serves_wherever_a_name_does(name: str) -> None:
     _, by_name = stepped(name, dtype)
     strategy = collage.strategies()[name]
     for given in (strategy, resolve(strategy.to_dict())):
-        param = nn.Parameter(values((1000,), 0, dtype))
+        param = nn.Parameter(values(SHAPE, 0, dtype))
         opt = collage.AdamW([param], strategy=given)
-        param.grad = values((1000,), 1, dtype)
+        param.grad = values(SHAPE, 1, dtype)
         opt.step()
         assert_same(opt, by_name)
 
