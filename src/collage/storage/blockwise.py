@@ -113,13 +113,12 @@ class Blockwise(Storage):
         largest = torch.where(finite, largest, torch.nan)
         parts[1].copy_(largest.view(parts[1].shape))
         code = self._codes(size, largest, bits)
-        # In a block that is nan.
-        code = torch.nan_to_num(code, nan=0.0, out=code)
         if self.signed:
             code = torch.copysign(code, value, out=code)
         else:
-            code = torch.maximum(code, (value > 0).to(torch.float32).view_as(code), out=code)
-        parts[0].copy_(code)
+            code = torch.maximum(code, (value > 0).to(torch.float32), out=code)
+        # nan in a block that is.
+        parts[0].copy_(torch.nan_to_num(code, nan=0.0, out=code))
 
     def _codes(self, size: Tensor, largest: Tensor, bits: Tensor | None) -> Tensor:
         """Magnitudes of the codes, whole numbers as float32, nan where ``largest`` is; ``size`` is lost."""
