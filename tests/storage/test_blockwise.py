@@ -244,7 +244,7 @@ def test_a_small_change_moves_a_code_on_average_and_never_to_nearest(companding:
         ((0, 128), None),
         ((33, 3 * 5 * 7 * 11), None),  # no even divisor
         ((2**20, 8192), 128),  # more than 2**32 elements
-        ((2**20, 122 * 33), None),
+        ((2**21, 122 * 33), None),
     ],
 )
 def test_a_block_divides_a_row(shape: tuple[int, ...], block: int | None) -> None:
