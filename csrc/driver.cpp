@@ -72,7 +72,7 @@ struct Work {
     const collage_job *job;
     const int32_t *cells;
     double *piece_sums;  // [piece][COLLAGE_SUMS], or null
-    int64_t pieces;
+    int64_t elements;
     std::atomic<int64_t> next;
 };
 
@@ -104,17 +104,25 @@ void run_range(const Work &w, int64_t tensor, int64_t start, int64_t end, double
     }
 }
 
-// What each thread does: takes pieces in order until none is left.
+// What each thread does: of all tensors laid end to end it takes the next PIECE elements, until none are left, and does the
+// pieces that begin there: one of a large tensor, a run of small ones. Threads that took turns at small tensors would
+// fetch each other's: their states are neighbours in memory.
 void take_pieces(void *data) {
     Work &w = *(Work *)data;
-    int64_t tensor = 0, before = 0;  // pieces of the tensors before this one
+    const collage_job &job = *w.job;
+    int64_t tensor = 0, start = 0, at = 0, piece = 0;  // the piece to look at next, and where it begins in all
     for (;;) {
-        int64_t piece = w.next.fetch_add(1, std::memory_order_relaxed);
-        if (piece >= w.pieces) return;
-        while (piece - before >= pieces_of(w.job->sizes[tensor])) before += pieces_of(w.job->sizes[tensor++]);
-        int64_t start = (piece - before) * PIECE, size = w.job->sizes[tensor];
-        int64_t end = start + PIECE < size ? start + PIECE : size;
-        run_range(w, tensor, start, end, w.piece_sums ? w.piece_sums + piece * COLLAGE_SUMS : nullptr);
+        int64_t from = w.next.fetch_add(PIECE, std::memory_order_relaxed);
+        if (from >= w.elements) return;
+        while (tensor < job.count && at < from + PIECE) {
+            int64_t left = job.sizes[tensor] - start, count = left < PIECE ? left : PIECE;
+            double *sums = w.piece_sums ? w.piece_sums + piece * COLLAGE_SUMS : nullptr;
+            if (at >= from) run_range(w, tensor, start, start + count, sums);
+            piece += count > 0;
+            at += count;
+            start += count;
+            if (count == left) tensor++, start = 0;
+        }
     }
 }
 
@@ -179,12 +187,16 @@ EXPORT int collage_find(const char *isa, const char *name) {
 // was left for an audit's sums; nothing has changed then.
 EXPORT int collage_step(const char *isa, int kernel, const int32_t *cells, const collage_job *job) {
     Work work{&kernels_of(isa)->table[kernel], job, cells, nullptr, 0, {0}};
-    for (int64_t tensor = 0; tensor < job->count; tensor++) work.pieces += pieces_of(job->sizes[tensor]);
+    int64_t pieces = 0;
+    for (int64_t tensor = 0; tensor < job->count; tensor++) {
+        work.elements += job->sizes[tensor];
+        pieces += pieces_of(job->sizes[tensor]);
+    }
     if (job->sums) {
-        work.piece_sums = (double *)calloc(work.pieces * COLLAGE_SUMS + 1, sizeof(double));
+        work.piece_sums = (double *)calloc(pieces * COLLAGE_SUMS + 1, sizeof(double));
         if (!work.piece_sums) return 1;
     }
-    run_on(work.pieces > 1 ? job->threads : 1, job->parallel, take_pieces, &work);
+    run_on(work.elements > PIECE ? job->threads : 1, job->parallel, take_pieces, &work);
     if (job->sums) add_up(work);
     free(work.piece_sums);
     return 0;

@@ -161,6 +161,26 @@ def test_the_thread_count_and_a_missing_openmp_do_not_matter(monkeypatch: pytest
 
 
 @needs_library
+def test_large_tensors_among_runs_of_small_ones_are_stepped_once_each_by_any_number_of_threads() -> None:
+    sizes = [1000] * 70 + [0, 2**15, 0, 2**15 + 1, 1, 150_001] + [999] * 70 + [2**16, 0]
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        params = [nn.Parameter(values((size,), i)) for i, size in enumerate(sizes)]
+        opt = collage.AdamW(params, lr=1e-2, backend="native")
+        keeper = Keeper()
+        opt.add_observer(keeper)
+        for i, param in enumerate(params):
+            param.grad = values((param.numel(),), 500 + i)
+        opt.step()
+        found.append((opt, torch.stack([row.sums for row in keeper.rows])))
+    assert found[0][1][:, 3].equal(torch.tensor(sizes, dtype=torch.float64))
+    for opt, sums in found[1:]:
+        assert_same(opt, found[0][0])
+        assert torch.equal(sums, found[0][1])
+
+
+@needs_library
 def test_torchs_own_threads_do_the_work() -> None:
     assert (native._parallel() is not None) == torch.backends.openmp.is_available()
 

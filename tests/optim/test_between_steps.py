@@ -236,6 +236,80 @@ def test_a_gradient_without_memory_of_its_own_is_made_real(backend: str) -> None
     assert_same(opt, reference)
 
 
+def turned(grad: Tensor) -> Tensor:
+    return grad.t().contiguous().t()
+
+
+def spread(grad: Tensor) -> Tensor:
+    return torch.stack([grad, grad], -1)[..., 0]
+
+
+def behind_a_minus(grad: Tensor) -> Tensor:
+    return torch._neg_view(-grad)
+
+
+def doubling(grad: Tensor) -> Tensor:
+    return Doubled(grad / 2)
+
+
+def with_history(grad: Tensor) -> Tensor:
+    return grad.clone().requires_grad_()
+
+
+@backends
+@pytest.mark.parametrize("alike", [True, False], ids=["one look", "pass by pass"])
+@pytest.mark.parametrize("made_of", [turned, spread, behind_a_minus, doubling, with_history], ids=lambda f: f.__name__)
+def test_a_gradient_unlike_those_before_it_is_stepped_by_its_values(
+    made_of: Callable[[Tensor], Tensor], alike: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not alike:
+        monkeypatch.setattr(batches, "_TensorGuards", None)
+    opt, reference = (
+        collage.AdamW([nn.Parameter(values((6, 7), seed)) for seed in (1, 2)], backend=backend) for _ in range(2)
+    )
+    for step in range(6):
+        for i, (mine, theirs) in enumerate(zip(params_of(opt), params_of(reference), strict=True)):
+            theirs.grad = values((6, 7), 10 * step + i)
+            mine.grad = made_of(theirs.grad) if i == 1 and step in (2, 3) else theirs.grad.clone()
+        opt.step()
+        reference.step()
+        assert_same(opt, reference)
+
+
+@pytest.mark.skipif(batches._TensorGuards is None, reason="this torch has no look at many tensors in one call")
+def test_gradients_like_those_before_them_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    usable = batches.Together._usable
+    monkeypatch.setattr(batches.Together, "_usable", lambda self, grads: looks.append(grads) or usable(self, grads))
+    advance(made("eager"), 4)
+    assert len(looks) == 1
+
+
+def shrunk(grad: Tensor) -> None:
+    grad.data = grad.data[:30].clone()
+
+
+def widened(grad: Tensor) -> None:
+    grad.data = grad.data.double()
+
+
+@backends
+@pytest.mark.parametrize("change", [shrunk, widened], ids=lambda change: change.__name__)
+def test_a_gradient_that_became_another_in_its_place_is_refused_and_nothing_changes(
+    change: Callable[[Tensor], None], backend: str
+) -> None:
+    opt = advance(made(backend), 3)
+    for param in params_of(opt):
+        param.grad = torch.ones_like(param)
+    grad = params_of(opt)[0].grad
+    assert grad is not None
+    before = [param.detach().clone() for param in params_of(opt)]
+    change(grad)
+    with pytest.raises((TypeError, ValueError), match=r"a parameter .*(they must agree|allowed: its own or float32)"):
+        opt.step()
+    assert all(torch.equal(p, kept) for p, kept in zip(params_of(opt), before, strict=True))
+
+
 def test_a_parameter_without_memory_takes_the_eager_step_and_insisting_on_another_is_refused() -> None:
     def insist(backend: str | None) -> None:
         opt = made("eager", (8,))

@@ -181,10 +181,10 @@ class _Prepared:
 
 def _count(steps: Tensor) -> tuple[array[int], array[int], list[int]]:
     """The numbers of this step, each tensor's row of scalars, and the number that each row is for."""
+    least, most = map(int, steps.aminmax())
+    if least == most:
+        return array("q", [least + 1]) * len(steps), array("q", [0]) * len(steps), [least + 1]
     taken = steps.tolist()
-    if taken.count(taken[0]) == len(taken):
-        number = int(taken[0]) + 1
-        return array("q", [number]) * len(taken), array("q", [0]) * len(taken), [number]
     distinct = sorted(set(taken))
     row = {value: place for place, value in enumerate(distinct)}
     numbers = array("q", (int(value) + 1 for value in taken))
@@ -206,7 +206,7 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
     kept: _Prepared = batch.kept.get("native") or batch.kept.setdefault("native", _Prepared(batch))
     grad_dtype = inputs.grads[0].dtype
     cells = array("i", [*kept.cells, grad_dtype.itemsize])
-    grads = array("Q", map(Tensor.data_ptr, inputs.grads))
+    grads = array("Q", list(map(Tensor.data_ptr, inputs.grads)))
     numbers, rows, distinct = _count(batch.steps)
     scalars = array("f")
     for number in distinct:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ _SMALL, _MANY = 1 << 14, 32
 
 # What a step takes for a parameter's gradient.
 GradOf = Callable[[Tensor], Tensor | None]
+
+# What compiled code looks at its arguments with: one call for all facts about many tensors. It is torch's own business
+# and may go; then each fact takes a pass.
+_TensorGuards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 
 _dtype_of = attrgetter("dtype")
 _on_cpu = attrgetter("is_cpu")
@@ -54,6 +58,11 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor. Whoever has one has loaded the module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is of torch's own classes."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def local(tensor: Any) -> Tensor:
@@ -168,11 +177,15 @@ class Together:
                     "of its own (a tensor subclass); use backend=None or 'eager'"
                 )
             self.backend = kernels.choose(first.layout, first.arithmetic, first.param.dtype, device, "eager")
+        # Held, so that no other tensor gets an address that steps compare with.
+        self._held = whole
+        # A parameter that can be stepped itself is: another object beside each would cost more than a look at it.
+        params = [p if _is_plain(p) and p.is_contiguous() else w for p, w in zip(self.params, whole, strict=True)]
         self.batch = Batch(
             layout=first.layout,
             arithmetic=first.arithmetic,
             seed=options["seed"],
-            params=self.cut(whole),
+            params=self.cut(params),
             states=self._cut_states(states, components),
             steps=self._join_steps(states, device),
             ordinals=[m.ordinal if "ordinal" not in states[o] else int(states[o]["ordinal"]) for o, m in self._owned()],
@@ -181,10 +194,11 @@ class Together:
         self._device = device
         # torch checks the shape of a gradient that is assigned to a parameter of its own class; numel guards the memory
         # against what gets around that.
-        checked = all(type(param) in (Tensor, torch.nn.Parameter) for param in self.params)
+        checked = all(map(_is_plain, self.params))
         self._size_of: Callable[[Tensor], Any] = Tensor.numel if checked else attrgetter("shape")
         self._sizes = [self._size_of(local(param)) for param in self.params]
         self._addresses, self._contiguous = self._look(), self._look_at_order()
+        self._like_the_last: Callable[..., bool] = _like([])
         kernels.check_first_use(self.batch, grad_dtype, self.backend)
 
     def write_copies(self) -> None:
@@ -247,23 +261,43 @@ class Together:
                 return None
             if self.sharded:
                 grads = [placed_like(grad, param) for grad, param in zip(grads, self.params, strict=True)]
-            if list(map(self._size_of, grads)) != self._sizes or set(map(_dtype_of, grads)) != {self.grad_dtype}:
-                return None
-            here = map(_on_cpu, grads) if self._device.type == "cpu" else (g.device == self._device for g in grads)
-            if not all(here):
-                return None
-            if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
-                grads = [grad.resolve_neg().contiguous() for grad in grads]
-            if self.backend != "eager" and not _have_memory(grads):
-                grads = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
-                if not _have_memory(grads):
-                    raise TypeError(f"gradients of {set(map(type, grads))} have no memory; use backend='eager'")
+            # What is like gradients that were found usable as they are needs no closer look.
+            if not self._like_the_last(*grads):
+                usable = self._usable(grads)
+                if usable is None:
+                    return None
+                self._like_the_last = _like(grads if usable is grads and set(map(type, grads)) == {Tensor} else [])
+                grads = usable
         except (AttributeError, KeyError, RuntimeError, TypeError):
             if fresh:
                 raise
             # A missing state or gradient, or one without memory of its own (sparse): whoever asks finds out which.
             return None
         return self.cut(grads)
+
+    def _usable(self, grads: list[Any]) -> list[Any] | None:
+        """The gradients as memory that can be stepped, themselves where they are; None if they are not such as the
+        batch was made for."""
+        if list(map(self._size_of, grads)) != self._sizes or set(map(_dtype_of, grads)) != {self.grad_dtype}:
+            return None
+        here = map(_on_cpu, grads) if self._device.type == "cpu" else (g.device == self._device for g in grads)
+        if not all(here):
+            return None
+        if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
+            grads = [grad.resolve_neg().contiguous() for grad in grads]
+        if self.backend != "eager" and not _have_memory(grads):
+            grads = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+            if not _have_memory(grads):
+                raise TypeError(f"gradients of {set(map(type, grads))} have no memory; use backend='eager'")
+        return grads
+
+
+def _like(examples: list[Tensor]) -> Callable[..., bool]:
+    """What tells whether tensors are like these, one for one: of their classes, dtypes, devices, layouts, sizes and
+    strides, and seen through a minus sign where these are. Nothing is like none."""
+    if not examples or _TensorGuards is None:
+        return lambda *tensors: False
+    return _TensorGuards(*examples, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 def _check_blocks(members: list[Member], pieces: list[tuple[int, int, int, int]], block: int) -> None:
@@ -365,7 +399,8 @@ class Plan:
         """The gradients of each batch, or None if anything has changed since the plan was made."""
         if optimizer.state is not self._states or optimizer.state.changes.count != self._changes:
             return None
-        if _params(optimizer) != self._params:
+        params = _params(optimizer)
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return None
         if [_fixed_options(group) for group in optimizer.param_groups] != self._options:
             return None
@@ -379,8 +414,8 @@ class Plan:
         return found if len(found) == len(self.together) else None
 
 
-def _params(optimizer: Any) -> list[int]:
-    return list(map(id, chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+def _params(optimizer: Any) -> list[Tensor]:
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
 
 
 def _fixed_options(group: dict[str, Any]) -> tuple[Any, ...]:
