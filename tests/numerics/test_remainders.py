@@ -81,7 +81,9 @@ def test_every_pair_is_the_number_between_the_neighbours_of_hi(fmt: Format, extr
         patterns = hi.view(torch.int16).int()
         neighbour = (patterns + (1 if lo >= 0 else -1)).to(torch.int16).view(fmt.dtype).double()
         top = math.copysign(1.0, lo) * 2.0 ** (fmt.emax - fmt.precision + 1)
-        neighbour = torch.where(neighbour.isinf(), hi.double() + torch.copysign(torch.tensor(top), hi.double()), neighbour)
+        neighbour = torch.where(
+            neighbour.isinf(), hi.double() + torch.copysign(torch.tensor(top), hi.double()), neighbour
+        )
         assert torch.equal(found, hi.double() + (neighbour - hi.double()) * (abs(lo) * 2.0**-extra))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,40 @@ def params(*dtypes: torch.dtype) -> list[nn.Parameter]:
     return [
         nn.Parameter(values((4, 3), i, dtype)) for i, dtype in enumerate(dtypes or (torch.bfloat16, torch.bfloat16))
     ]
+
+
+# ---- float16 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["plus", "plain", "light", "kahan"])
+def test_a_second_moment_in_float16_is_warned_of_unless_eps_makes_up_for_it(strategy: str) -> None:
+    with pytest.warns(UserWarning, match=r"holds nothing below 6e-8.*eps = 1e-08.*strategy 'fp16' or 'compact'"):
+        collage.AdamW(params(torch.float16), strategy=strategy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collage.AdamW(params(torch.float16), strategy=strategy, eps=2e-5)
+        collage.AdamW(params(torch.bfloat16), strategy=strategy)
+        for other in ("fp16", "compact", "fp32-states", "mixed"):
+            collage.AdamW(params(torch.float16), strategy=other)
+
+
+def test_what_the_warning_says_happens_and_does_not_in_the_strategies_it_names() -> None:
+    def moved(strategy: str, grad: float, **options: Any) -> float:
+        param = nn.Parameter(torch.full((64, 64), 0.5, dtype=torch.float16))
+        opt = collage.AdamW([param], strategy=strategy, lr=1e-5, weight_decay=0.0, **options)
+        before = opt.full_param(param)
+        for scale in (1.0, 1.0, 0.0):
+            param.grad = torch.full_like(param, grad * scale)
+            opt.step()
+        return (opt.full_param(param) - before).abs().max().item()
+
+    # Gradients whose square underflows, then none: v is 0 and m is not.
+    assert moved("plus", 2e-5) > 100 * moved("mixed", 2e-5)
+    # Gradients whose square overflows, first in the format's own arithmetic: inf - inf.
+    assert torch.isnan(torch.tensor(moved("plus-nearest", 3e4, arithmetic="working", eps=1e-6)))
+    for strategy in ("fp16", "compact", "compact-4bit"):
+        for grad in (2e-5, 3e4):
+            assert moved(strategy, grad) == pytest.approx(moved("mixed", grad), rel=0.1), (strategy, grad)
 
 
 # ---- construction --------------------------------------------------------------------------------------------------

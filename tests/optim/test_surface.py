@@ -277,7 +277,9 @@ def test_a_fresh_step_with_zero_lr_and_gradients_creates_the_state_and_is_not_co
     for param in params:
         assert opt.state[param]["step"].item() == 0
         zeros = [
-            t for name, t in opt.state[param].items() if name not in ("master_param", "ordinal") and "_scale" not in name
+            t
+            for name, t in opt.state[param].items()
+            if name not in ("master_param", "ordinal") and "_scale" not in name
         ]
         assert not any(t.any() for t in zeros)
     # From here on it is as if that step had not been.

@@ -102,7 +102,9 @@ def test_codes_scales_and_values_are_the_oracles(storage: Blockwise, low: float,
     ]
 
 
-@pytest.mark.parametrize("storage", [FORMS["softsign-stochastic"], FORMS["root4-stochastic"]], ids=["softsign", "root4"])
+@pytest.mark.parametrize(
+    "storage", [FORMS["softsign-stochastic"], FORMS["root4-stochastic"]], ids=["softsign", "root4"]
+)
 def test_every_code_is_kept_with_every_kind_of_scale_whatever_the_draw(storage: Blockwise) -> None:
     """Nothing changes where nothing was updated: all codes, scales of every exponent that a store gives."""
     storage = Blockwise(storage.companding, 256)

@@ -126,7 +126,9 @@ def test_what_was_stored_loads_within_the_bits_it_keeps(row: Row, dtype: torch.d
     x = ordinary(fmt)
     value = row.storage.exact(stored(row.storage, x, dtype))
     assert value.dtype == torch.float64
-    kept = row.kept_bits if dtype == torch.bfloat16 or row.storage.format is not None else row.kept_bits + row.extra_bits
+    kept = (
+        row.kept_bits if dtype == torch.bfloat16 or row.storage.format is not None else row.kept_bits + row.extra_bits
+    )
     # Components of a narrow exponent range underflow: half a smallest subnormal, a whole one when stochastic.
     floor = 0.0 if kept >= 24 and fmt.emin < -100 else fmt.smallest_subnormal
     relative = 0.0 if row.kept_bits >= 24 else 2.0**-kept

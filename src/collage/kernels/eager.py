@@ -26,8 +26,8 @@ from collage.numerics import (
     sub_rn,
 )
 
-# Elements per piece, less what is no whole block. It divides 2**32, as blocks of tensors of so many elements do, so that
-# a piece never straddles a boundary of the random keys.
+# Elements per piece, less what is no whole block. It divides 2**32, as the blocks of tensors with so many elements do:
+# no piece straddles a boundary of the random keys.
 CHUNK = 1 << 17
 
 Parts = dict[str, list[Tensor]]

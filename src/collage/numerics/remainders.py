@@ -90,10 +90,8 @@ def _drop(pattern: Tensor, count: int, bits: Tensor | None) -> Tensor:
     """Shifts ``count`` bits out of nonnegative integers, rounding."""
     if count == 0:
         return pattern.clone()
-    if bits is None:
-        up = (pattern >> count).bitwise_and_(1).add_((1 << (count - 1)) - 1)
-    else:
-        up = bits >> (DRAW_BITS - count)
+    half = (1 << (count - 1)) - 1
+    up = (pattern >> count).bitwise_and_(1).add_(half) if bits is None else bits >> (DRAW_BITS - count)
     return up.add_(pattern).bitwise_right_shift_(count)
 
 

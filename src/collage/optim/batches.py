@@ -86,8 +86,9 @@ def new_component(param: Any, component: Component) -> Tensor:
     shape = component.shape(param.shape)
     if not is_sharded(param):
         return torch.zeros(shape, dtype=component.dtype, device=param.device)
-    mesh, placements = param.device_mesh, param.placements
-    return torch.distributed.tensor.zeros(*shape, dtype=component.dtype, device_mesh=mesh, placements=placements)
+    from torch.distributed.tensor import zeros
+
+    return zeros(*shape, dtype=component.dtype, device_mesh=param.device_mesh, placements=param.placements)
 
 
 def placed_as(value: Tensor, param: Any) -> Tensor:
@@ -223,9 +224,7 @@ class Together:
             return list(tensors)
         return [tensors[owner].view(-1)[begin // elements : end // elements] for owner, begin, end in self._slices]
 
-    def _cut_states(
-        self, states: list[dict[str, Tensor]], components: dict[str, Component]
-    ) -> list[dict[str, Tensor]]:
+    def _cut_states(self, states: list[dict[str, Tensor]], components: dict[str, Component]) -> list[dict[str, Tensor]]:
         # Detached, so that memory that is written lives even if somebody exchanges a tensor's data.
         columns = [
             self.cut([local(state[name]).detach() for state in states], component.elements)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -68,6 +69,22 @@ def check_group(group: dict[str, Any]) -> None:
             )
         layout_of(strategy, param)
         check_working_eps(group, param.dtype)
+    _warn_of_underflow(group, strategy)
+
+
+def _warn_of_underflow(group: dict[str, Any], strategy: Strategy) -> None:
+    """Warns where v is kept in float16 and eps is too small to make up for what underflows there."""
+    held = {layout_of(strategy, param).exp_avg_sq.components(param.dtype)[0].dtype for param in group["params"]}
+    # An element whose v is 0 has |g| < 2**-12 or so, and moves by up to lr |m| / eps.
+    largest = 2.0**-12 / float(group["eps"]) if group["eps"] else float("inf")
+    if torch.float16 in held and largest > 16:
+        warnings.warn(
+            f"strategy {strategy.name!r} keeps the second moment of float16 parameters in float16, which holds nothing "
+            f"below 6e-8 (gradients below 2e-4) nor above 65,504: with eps = {float(group['eps']):g} an element may "
+            f"move by {largest:g} times lr in a step, or become nan. Take strategy 'fp16' or 'compact', one with "
+            "float32 moments such as 'fp32-states', or eps >= 2e-5",
+            stacklevel=4,
+        )
 
 
 def check_working_eps(group: dict[str, Any], dtype: torch.dtype) -> None:

@@ -141,7 +141,9 @@ _TABLE = (
     Strategy("fp32-states", _NEAREST, _FP32, _FP32, "moments in float32, parameter to nearest (paper: D^-MW)"),
     Strategy("mixed", Master(), _FP32, _FP32, "float32 master copy and moments (paper: D)"),
     Strategy("fp32", _FP32, _FP32, _FP32, "everything in float32"),
-    Strategy("exact", Remainder(16), _NEAREST, _UNBIASED, "bf16 + 16-bit remainder = float32 to the bit; moments as plus"),
+    Strategy(
+        "exact", Remainder(16), _NEAREST, _UNBIASED, "parameter with a 16-bit remainder: float32; moments of plus"
+    ),
     Strategy("exact-fp32-states", Remainder(16), _FP32, _FP32, "as mixed to the bit, without a master copy"),
     Strategy(
         "compact",
