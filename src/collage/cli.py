@@ -72,14 +72,16 @@ def train(
     """Train one model with one strategy.
 
     Without options: a small GPT with the strategy 'plus', on the Python standard library's sources.
+    With --from CHECKPOINT: a run that continues another one, with this strategy.
     """
     need("train")
+    from collage.train.continuation import continued
     from collage.train.loop import train as run_training
     from collage.train.runfiles import resume_config, write_json
 
     if config is not None:
         settings = {**_read_settings(config), **settings}
-    resolved = resume_config(out, settings) if resume else TrainConfig.from_json(settings)
+    resolved = resume_config(out, settings) if resume else TrainConfig.from_json(continued(settings))
     run = run_training(resolved, out, resume=resume, corpus=corpus, command=_command())
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun the first process speaks for all
@@ -155,11 +157,13 @@ def compare(
     """Train one model with several strategies, from the same weights on the same batches, and report on them.
 
     Without options: a small GPT with plain, light, plus and mixed, on the Python standard library's sources.
+    With --from CHECKPOINT: all strategies branch from one checkpoint, and a low learning rate tells them apart.
     """
     need("train")
     need("report")
     from rich.console import Console
 
+    from collage.report.wording import learning_rates
     from collage.report.write import report_on_compare
     from collage.train.compare import make_plan, note_end, prepare, run_all, share_machine
     from collage.train.compare_display import CompareDisplay
@@ -172,6 +176,8 @@ def compare(
     if left:
         before = f" ({count - len(left)} finished before)" if len(left) < count else ""
         display.say(f"{count} runs{before}, {min(jobs, len(left))} at the same time, in {out}")
+        if plan.config.from_checkpoint is not None:
+            display.say(f"all continue from {plan.config.from_checkpoint}, {learning_rates(plan.config.to_json())}")
     outcomes = run_all(left, plan.corpus, jobs, display) if left else []
     known |= {"jobs": jobs, "wall_time_s": known["wall_time_s"] + (time.monotonic() - started if left else 0.0)}
 

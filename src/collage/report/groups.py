@@ -18,7 +18,7 @@ METHOD = ("arithmetic", "dtype")
 IGNORED = ("seed", "strategy", *OBSERVING, *EXECUTING)
 """Settings that separate no groups: the seed is what a group varies, the others don't change what is trained."""
 
-FOLDER = "folder"
+FOLDER, SOURCE = "folder", "from_checkpoint"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Group:
 
 def _settings(run: Run, folders: bool) -> dict[str, str]:
     config = {key: value for key, value in run.config.items() if key not in IGNORED}
+    if config.get(SOURCE) is None:
+        config.pop(SOURCE, None)  # files from before there was this setting don't have it
     config["corpus"] = section(run.record, "corpus").get("sha256", "")
     if folders:
         config[FOLDER] = str(run.path.parent)
@@ -57,9 +59,15 @@ def differing(runs: Sequence[Run], *, folders: bool = False) -> list[str]:
 
 
 def _label(strategy: str, settings: Mapping[str, str]) -> str:
-    parts = (value.strip('"')[:60] if key != "corpus" else value.strip('"')[:8] for key, value in settings.items())
-    named = ", ".join(f"{key} {part or '?'}" for key, part in zip(settings, parts, strict=True))
+    named = ", ".join(f"{key} {_short(key, value)}" for key, value in settings.items())
     return f"{strategy} ({named})" if named else strategy
+
+
+def _short(key: str, value: str) -> str:
+    text = value.strip('"')
+    if key == SOURCE:
+        return "/".join(text.split("/")[-3:]) or "none"
+    return text[: 8 if key == "corpus" else 60] or "?"
 
 
 def _bytes_order(group: Group) -> tuple[float, str, str]:

@@ -18,7 +18,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from collage.report.wording import COLUMNS, cells, verdict
+from collage.report.wording import COLUMNS, START_COLUMNS, Column, cells, start_text, verdict
 
 _MARKDOWN_SIGNS = re.compile(r"([\\`*_\[\]<>|])")
 
@@ -62,6 +62,8 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
         parts.append(_count(model["parameters"], "parameter"))
     if "name" in corpus:
         parts.append(f"trained on {corpus['name']}")
+    if "step" in summary["source"]:
+        parts.append(f"continued from step {summary['source']['step']:,}")
     if isinstance(config.get("steps"), int):
         parts.append(_count(config["steps"], "step"))
     parts.append(_count(max(row["seeds"] for row in summary["strategies"]), "seed"))
@@ -90,6 +92,7 @@ def _verdicts(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _origin(summary: Mapping[str, Any]) -> dict[str, str]:
     entries = {
+        "continued from": _entries(summary["source"]),
         "corpus": _entries(summary["corpus"]),
         "model": _entries(summary["model"]),
         "seeds": ", ".join(map(str, summary["seeds"])),
@@ -132,6 +135,9 @@ def context(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str
         "verdicts": _verdicts(summary),
         "columns": COLUMNS,
         "rows": [cells(row) for row in summary["strategies"]],
+        "start": start_text(summary),
+        "start_columns": START_COLUMNS,
+        "start_rows": [cells(row, START_COLUMNS) for row in summary["strategies"]],
         "plots": pictures,
         "commands": (summary["command"] or "").splitlines(),
         "origin": _origin(summary),
@@ -168,12 +174,16 @@ def markdown(entries: Mapping[str, Any]) -> str:
 
 def table(summary: Mapping[str, Any], console: Console) -> Table:
     """The figures of all strategies: a line for each, or where the console is too narrow for that, a column."""
-    lines = [[column.heading for column in COLUMNS], *map(cells, summary["strategies"])]
+    lines = _lines(summary, COLUMNS)
     upright = _table(lines)
     if Measurement.get(console, console.options.update(width=1000), upright).minimum <= console.width:
         return upright
     turned = [[text.replace(" ± ", "\n± ") for text in line] for line in zip(*lines, strict=True)]
     return _table(turned, vertical="top")
+
+
+def _lines(summary: Mapping[str, Any], columns: Sequence[Column]) -> list[list[str]]:
+    return [[column.heading for column in columns], *(cells(row, columns) for row in summary["strategies"])]
 
 
 def _table(lines: Sequence[Sequence[str]], vertical: VerticalAlignMethod = "bottom") -> Table:
@@ -188,9 +198,15 @@ def _table(lines: Sequence[Sequence[str]], vertical: VerticalAlignMethod = "bott
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:
-    """Print the table, what is to be known before reading it, and a sentence for each strategy."""
+    """Print the table, what is to be known before reading it, and a sentence for each strategy.
+
+    Runs that continue from a checkpoint have a table on that first.
+    """
     for warning in warnings(summary):
         console.print(warning, style="yellow", markup=False, highlight=False)
+    if start := start_text(summary):
+        console.print(start, markup=False, highlight=False)
+        console.print(_table(_lines(summary, START_COLUMNS)))
     console.print(table(summary, console))
     for row in summary["strategies"]:
         console.print(verdict(row), markup=False, highlight=False)

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from collage.report.groups import BASELINE, Group, baseline_of, differing, group_runs, start_mismatches
-from collage.report.runs import Run, section
+from collage.report.runs import Run, number, section
 from collage.report.stats import largest, mean, paired_difference, perplexity, spread
 
 FORMAT = 1
 
 MEANS = ("edq_ratio", "lost_fraction", "lost_fraction_hi", "v_lost_fraction", "tokens_per_s", "train_loss")
 """Final figures of which a row has the mean over the seeds."""
-
 
 SIZES = ("state_bytes", "peak_memory_bytes")
 """Figures in bytes of which a row has the largest over the seeds."""
@@ -37,6 +36,18 @@ def unfinished(run: Run) -> dict[str, Any]:
     return {"name": run.name, "status": run.status, "step": run.last_step, "steps": run.config.get("steps")}
 
 
+def start(group: Group) -> dict[str, Any]:
+    """Where runs that continue from a checkpoint start; null for others.
+
+    The largest error of the conversion for each logical tensor, and the validation loss before the first step.
+    """
+    conversions = [section(run.record, "conversion") for run in group.shown]
+    roles = dict.fromkeys(role for each in conversions for role in each)
+    errors = {role: largest([number(each.get(role)) for each in conversions]) for role in roles}
+    losses = [run.series("validation_loss").get(0) for run in group.shown]
+    return {"conversion": errors or None, "start_validation_loss": mean(losses)}
+
+
 def row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     """The figures of one group, over its finished runs; null where a figure is missing for one of them."""
     runs = group.finished
@@ -54,6 +65,7 @@ def row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     sizes = {key: largest([run.figure(key) for run in group.shown]) for key in SIZES}
     figures |= {key: None if size is None else int(size) for key, size in sizes.items()}
     figures["bytes_per_param"] = largest([run.figure("bytes_per_param") for run in group.shown])
+    figures |= start(group)
     figures[f"difference_from_{BASELINE}"] = difference_from(group, baseline_of(group, groups))
     figures["runs"] = [run.name for run in runs]
     figures["unfinished"] = [unfinished(run) for run in group.runs if not run.finished]
@@ -87,6 +99,7 @@ def summarize(runs: Sequence[Run], **extra: Any) -> dict[str, Any]:
         "seeds": sorted({run.seed for run in runs}),
         "config": shared([run.config for run in runs]),
         "differing": differing(runs),
+        "source": shared([section(record, "source") for record in records]),
         "corpus": shared([section(record, "corpus") for record in records]),
         "model": shared([section(record, "model") for record in records]),
         "versions": shared([section(record, "versions") for record in records]),

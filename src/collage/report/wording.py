@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from collage.report.groups import BASELINE
+from collage.train.display import conversion_text
 
 MISSING = "–"
 MEGABYTE = 1e6
@@ -137,9 +138,55 @@ COLUMNS = (
 )
 
 
-def cells(row: Row) -> list[str]:
-    """The texts of one row, in the order of `COLUMNS`."""
-    return [column.show(row) for column in COLUMNS]
+def _converted(role: str) -> Callable[[Row], str]:
+    return lambda row: conversion_text((row["conversion"] or {}).get(role))
+
+
+START_COLUMNS = (
+    COLUMNS[0],
+    Column("weights", "", _converted("param")),
+    Column("m", "", _converted("exp_avg")),
+    Column("v", "", _converted("exp_avg_sq")),
+    Column("validation loss at the start", "", lambda row: plain(row["start_validation_loss"])),
+)
+"""What is shown of runs that continue from a checkpoint; `start_text` explains it."""
+
+
+def cells(row: Row, columns: Sequence[Column] = COLUMNS) -> list[str]:
+    """The texts of one row, in the order of the columns."""
+    return [column.show(row) for column in columns]
+
+
+# ---- where runs start ----------------------------------------------------------------------------------------------
+
+
+def learning_rates(config: Mapping[str, Any]) -> str:
+    """The learning rate under these settings, in words."""
+    if config.get("schedule") == "constant":
+        return f"learning rate {config['lr']:g}, constant"
+    low = "" if config["min_lr"] is None else f" to {config['min_lr']:g}"
+    return f"learning rate from {config['lr']:g} down{low}, {config['schedule']}"
+
+
+def start_text(summary: Mapping[str, Any]) -> str | None:
+    """What runs that continue from a checkpoint start from, None for others."""
+    if not any(row["conversion"] for row in summary["strategies"]):
+        return None
+    source, config = summary["source"], summary["config"]
+    what = "All runs continue from one checkpoint"
+    if not source.get("checkpoint"):
+        what = "The runs continue from different checkpoints"
+    elif "step" in source:
+        run = source.get("run") or "a run"
+        what = (
+            f"All runs continue from step {source['step']} of {run} (strategy {source.get('strategy')}, "
+            f"{source.get('dtype')} weights, learning rate {source.get('lr')} at its peak), {source['checkpoint']}"
+        )
+    rates = f"; {learning_rates(config)}" if {"lr", "min_lr", "schedule"} <= set(config) else ""
+    return (
+        f"{what}{rates}. Weights, moments and step count were brought to float32 and from there into each strategy's "
+        "storages: below, the largest error that this made, as a share of the tensor's largest magnitude."
+    )
 
 
 # ---- the sentence ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Only the settings are imported here. The modules that need more than torch are imported by name:
 `collage.train.loop` (the run), `collage.train.models`, `collage.train.data`, `collage.train.checkpoints`,
-`collage.train.runfiles`.
+`collage.train.continuation`, `collage.train.runfiles`.
 """
 
 from __future__ import annotations

@@ -34,6 +34,21 @@ class CheckpointError(UserError):
 
 
 @dataclass(frozen=True)
+class Saved:
+    """What the files of a checkpoint hold.
+
+    Attributes:
+        trainer: step, settings, loss scale.
+        weights: the model's tensors by name; of tied ones the first name alone.
+        optimizer: the optimizer's ``state_dict()``.
+    """
+
+    trainer: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run has come; all that a run needs beside the model and the optimizer.
 
@@ -81,7 +96,10 @@ def save(
 
 
 def _write(folder: Path, progress: Progress, config: TrainConfig, model: PreTrainedModel, optimizer: Optimizer) -> None:
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tied = tied_names(model)
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if name not in tied
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(model.config.to_json_string(), encoding="utf-8")
     state = optimizer.state_dict()
@@ -110,8 +128,13 @@ def _numbered(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def missing_files(path: Path) -> list[str]:
+    """The files that a folder lacks to be a whole checkpoint."""
+    return [name for name in FILES if not (path / name).is_file()]
+
+
 def _complete(folder: Path) -> list[Path]:
-    return [path for path in _numbered(folder) if all((path / name).is_file() for name in FILES)]
+    return [path for path in _numbered(folder) if not missing_files(path)]
 
 
 def latest(folder: Path) -> Path | None:
@@ -126,22 +149,32 @@ def load(path: Path, config: TrainConfig, model: torch.nn.Module, optimizer: Opt
     Raises:
         CheckpointError: a file is damaged, or the checkpoint belongs to other settings.
     """
-    trainer = _read_json(path / "trainer.json")
+    saved = read(path, f"remove the folder {path} to go on from the checkpoint before it")
+    trainer = saved.trainer
     _check_config(path, TrainConfig.from_json(trainer["config"]), config)
-    weights = _read_tensors(path / "model.safetensors")
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in _read_tensors(path / "optimizer.safetensors").items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    groups = [
-        {**group, "betas": tuple(group["betas"])} for group in _read_json(path / "optimizer.json")["param_groups"]
-    ]
     try:
-        _load_weights(model, weights)
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        load_weights(model, with_tied(model, saved.weights))
+        optimizer.load_state_dict(saved.optimizer)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} doesn't fit this model and optimizer: {error}") from error
     return Progress(trainer["step"], trainer["wall_time_s"], trainer["scaler"])
+
+
+def read(path: Path, remedy: str) -> Saved:
+    """The content of a checkpoint's files.
+
+    Raises:
+        CheckpointError: a file can't be read; the message ends with `remedy`.
+    """
+    trainer = read_json(path / "trainer.json", remedy)
+    weights = _read_tensors(path / "model.safetensors", remedy)
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in _read_tensors(path / "optimizer.safetensors", remedy).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    groups = read_json(path / "optimizer.json", remedy)["param_groups"]
+    groups = [{**group, "betas": tuple(group["betas"])} for group in groups]
+    return Saved(trainer, weights, {"state": state, "param_groups": groups})
 
 
 def _check_config(path: Path, stored: TrainConfig, config: TrainConfig) -> None:
@@ -151,28 +184,42 @@ def _check_config(path: Path, stored: TrainConfig, config: TrainConfig) -> None:
         raise CheckpointError(f"{path} is a checkpoint of other settings: {error}") from error
 
 
-def _load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put `weights` into the model, bit for bit.
+
+    Raises:
+        ValueError: a tensor of another dtype.
+        RuntimeError: other names or shapes than the model's.
+    """
     for name, tensor in model.state_dict().items():
         if name in weights and weights[name].dtype != tensor.dtype:
             raise ValueError(f"{name} must be {tensor.dtype}, got {weights[name].dtype}")
     model.load_state_dict(weights)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def tied_names(model: torch.nn.Module) -> dict[str, str]:
+    """Names in the model's state under which a tensor stands again -> its first name."""
+    first: dict[int, str] = {}
+    names = model.state_dict(keep_vars=True)
+    return {name: kept for name, tensor in names.items() if (kept := first.setdefault(id(tensor), name)) != name}
+
+
+def with_tied(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights` with the very tensor under each name that the model has for it."""
+    tied = {name: first for name, first in tied_names(model).items() if first in weights}
+    return weights | {name: weights[first] for name, first in tied.items()}
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint. Raises CheckpointError, which ends with `remedy`, if it can't be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise CheckpointError(f"{path} can't be read: {error}; {remedy}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} can't be read: {error}; remove the folder {path.parent} to go on from the checkpoint before it"
-    )
+        raise CheckpointError(f"{path} can't be read: {error}; {remedy}") from error

@@ -1,7 +1,8 @@
 """One model trained with several strategies: a child process for each strategy and seed.
 
 Every run is a process of its own, so that its peak memory is its own and a run that fails takes no other along. All
-runs of a seed start from the same weights and see the same batches, because both follow from the seed alone.
+runs of a seed start from the same weights and see the same batches, because both follow from the seed alone, or from
+the seed and the one checkpoint that all of them continue from.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import IO, Any, Protocol
 import torch
 
 from collage.train.config import TrainConfig, UserError, resumed
-from collage.train.data import prepare_corpus
+from collage.train.data import Corpus, prepare_corpus
 from collage.train.runfiles import FORMAT, write_json
 from collage.train.signals import StopSignals
 
@@ -140,7 +141,7 @@ def make_plan(settings: dict[str, Any], strategies: str | None, seeds: int | Non
                 f"--out must be a folder without runs, got {out}, which holds some; pass --resume to go on with "
                 "its comparison, or choose another folder"
             )
-        config = TrainConfig.from_json(settings)
+        config = TrainConfig.from_json(_with_defaults(settings))
         return Plan(STRATEGIES if names is None else names, SEEDS if seeds is None else seeds, config, out)
     earlier = stored.get("plan")
     if not isinstance(earlier, dict):
@@ -148,6 +149,22 @@ def make_plan(settings: dict[str, Any], strategies: str | None, seeds: int | Non
     config = resumed(TrainConfig.from_json(earlier["config"]), settings)
     together = tuple(dict.fromkeys((*earlier["strategies"], *(names or ()))))
     return Plan(together, earlier["seeds"] if seeds is None else max(earlier["seeds"], seeds), config, out)
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    if settings.get("from_checkpoint") is None:
+        return settings
+    from collage.train.continuation import continued  # needs what reports, which read this module, do without
+
+    return continued(settings)
+
+
+def _text(config: TrainConfig) -> Corpus:
+    if config.from_checkpoint is None:
+        return prepare_corpus(config)
+    from collage.train.continuation import continued_text
+
+    return continued_text(config)
 
 
 def cores() -> int:
@@ -188,7 +205,7 @@ def prepare(plan: Plan, command: str) -> dict[str, Any]:
     earlier = read_json(file) if file.exists() else {}
     # Without a plan beside it, a corpus comes from an attempt that may have had other settings.
     if plan.left() and not (earlier and (plan.corpus / "corpus.json").exists()):
-        prepare_corpus(plan.config).save(plan.corpus)
+        _text(plan.config).save(plan.corpus)
     commands = dict.fromkeys([*(earlier.get("command") or "").splitlines(), command])
     known = {
         "command": "\n".join(commands),

@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import collage
 from collage.train.models import MODELS
 
 MODEL, OPTIMIZER, SCHEDULE, BATCH = "Model and precision", "Optimizer", "Steps and schedule", "Batch"
-DATA, MEASURE, RUN = "Text", "Measuring", "Run"
+DATA, MEASURE, RUN, START = "Text", "Measuring", "Run", "Continuing from a checkpoint"
 
 DTYPES = ("bfloat16", "float16")
 ARITHMETICS = ("fp32", "working")
@@ -123,6 +124,17 @@ class TrainConfig:
     device: str | None = _setting(None, RUN, "cpu, cuda, cuda:1 ...; unset: a GPU if there is one.")
     threads: int | None = _setting(None, RUN, "CPU threads; unset: as many as torch takes.")
 
+    from_checkpoint: str | None = _setting(
+        None,
+        START,
+        "Start from this checkpoint, converted to the strategy with its moments and step count: a folder "
+        "RUN/checkpoints/step-000300 that `collage train` wrote with any strategy, or RUN for its newest one. Model "
+        "and tokenizer are the source run's; its text, --seq-len, batch and optimizer settings are the defaults. The "
+        "other defaults become those of a continuation at a low learning rate: --steps 250, --lr a tenth of the source "
+        "run's, --min-lr a tenth of --lr, --schedule cosine, --warmup 0. The seed fixes order of the batches (never "
+        "the source run's) and stochastic rounding; the weights are the same for every seed.",
+    )
+
     def __post_init__(self) -> None:
         _check_types(self)
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -194,9 +206,19 @@ def resumed(stored: TrainConfig, given: dict[str, Any]) -> TrainConfig:
 
 def _contradicts(name: str, wanted: TrainConfig, stored: TrainConfig) -> bool:
     """Whether a setting differs in effect; a warm-up or last learning rate left unset contradicts none."""
+    if name == "from_checkpoint":
+        return not _same_checkpoint(wanted.from_checkpoint, stored.from_checkpoint)
     if name not in _FILLED:
         return getattr(wanted, name) != getattr(stored, name)
     return getattr(wanted, name) not in (None, getattr(stored, _FILLED[name]))
+
+
+def _same_checkpoint(wanted: str | None, stored: str | None) -> bool:
+    """Whether both name one checkpoint; its run's folder stands for it, though the run may have come further since."""
+    if wanted is None or stored is None:
+        return wanted == stored
+    kept = Path(stored).resolve()
+    return Path(wanted).resolve() in (kept, kept.parent.parent)
 
 
 def setting_names() -> list[str]:
@@ -215,7 +237,8 @@ def unknown_settings(names: Iterable[str]) -> None:
 
 def option(name: str) -> str:
     """The command-line option of the setting `name`."""
-    return "--" + name.replace("_", "-")
+    # "from" is no name that Python takes.
+    return "--from" if name == "from_checkpoint" else "--" + name.replace("_", "-")
 
 
 def _fail(name: str, got: object, allowed: str, remedy: str = "") -> UserError:
@@ -227,6 +250,7 @@ _INTEGERS = ("steps", "warmup", "batch_size", "seq_len", "micro_batch", "corpus_
 _INTEGERS += ("eval_batches", "log_every", "audit_every", "seed", "checkpoint_every", "keep_checkpoints", "threads")
 _NUMBERS = ("lr", "min_lr", "eps", "weight_decay", "clip")
 _OPTIONAL = ("backend", "warmup", "min_lr", "micro_batch", "data", "corpus_bytes", "vocab_size", "device", "threads")
+_OPTIONAL += ("from_checkpoint",)
 
 
 def _check_types(config: TrainConfig) -> None:

@@ -224,8 +224,12 @@ def load_corpus(folder: Path) -> Corpus:
     return Corpus(info, train, validation, tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None)
 
 
-def prepare_corpus(config: TrainConfig) -> Corpus:
+def prepare_corpus(config: TrainConfig, tokenizer_json: str | None = None) -> Corpus:
     """Read, split and tokenize the text that `config` names.
+
+    Args:
+        config: the settings.
+        tokenizer_json: a bpe tokenizer to use in place of one trained on this text.
 
     Raises:
         UserError: the text is missing, not text, or too small for the settings.
@@ -235,7 +239,10 @@ def prepare_corpus(config: TrainConfig) -> Corpus:
     train = [text for text, out in zip(documents, held_out, strict=True) if not out]
     validation = [text for text, out in zip(documents, held_out, strict=True) if out]
     if config.tokenizer == "bpe":
-        bpe = _train_bpe(train, config.vocab_size or BPE_VOCABULARY)
+        if tokenizer_json is None:
+            bpe = _train_bpe(train, config.vocab_size or BPE_VOCABULARY)
+        else:
+            bpe = _read_bpe(tokenizer_json)
         size, tokenizer_json = bpe.get_vocab_size(), bpe.to_str()
         arrays = [_pack_bpe(bpe, split) for split in (train, validation)]
     else:
@@ -272,6 +279,18 @@ def _train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(documents, trainer, length=len(documents))
+    return bpe
+
+
+def _read_bpe(tokenizer_json: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        bpe = Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UserError(f"tokenizer.json must be a tokenizer that `collage train` wrote, got: {error}") from error
+    if bpe.token_to_id(END_OF_DOCUMENT) is None:
+        raise UserError(f"tokenizer.json must have the token {END_OF_DOCUMENT}, got none; take the run's own file")
     return bpe
 
 

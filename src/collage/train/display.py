@@ -10,6 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_LINES = 20
 
 
+def conversion_text(error: float | None) -> str:
+    """The largest error of a converted tensor, as a share of its largest magnitude."""
+    return "–" if error is None else "exact" if error == 0.0 else f"{error:.1e}"
+
+
 class Display:
     """Shows a run's records as they come; entered for the time of the loop."""
 
@@ -39,6 +44,10 @@ class Display:
         """Print a line, above the bar if there is one."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def say_validation(self, step: int, loss: float) -> None:
+        """Print a validation loss."""
+        self.say(f"step {step}/{self._steps}  validation loss {loss:.4f}")
+
     def show(self, record: dict[str, Any]) -> None:
         """Show a step's record."""
         self._edq_ratio = record.get("edq_ratio", self._edq_ratio)
@@ -51,4 +60,4 @@ class Display:
         elif step == self._steps or step % max(1, self._steps // PLAIN_LINES) == 0:
             self.say(f"step {step}/{self._steps}  {figures}")
         if validation is not None:
-            self.say(f"step {step}/{self._steps}  validation loss {validation:.4f}")
+            self.say_validation(step, validation)

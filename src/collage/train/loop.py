@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import collage
-from collage.train import checkpoints, runfiles
+from collage.train import checkpoints, continuation, runfiles
 from collage.train.config import RunFailed, TrainConfig, UserError
 from collage.train.data import Corpus, Windows, load_corpus, prepare_corpus
-from collage.train.display import Display
+from collage.train.display import Display, conversion_text
 from collage.train.models import attention_for, build_model, parameter_groups
 from collage.train.schedule import learning_rate
 from collage.train.signals import StopSignals
@@ -30,8 +31,9 @@ def train(
 ) -> dict[str, Any]:
     """Train one model and write its run to `out`.
 
-    Initial weights, batches and roundings are functions of the settings and the seed alone, so that a run resumed
-    from a checkpoint has the bits of one that never stopped, on the same machine with the same number of threads.
+    Initial weights, batches and roundings are functions of the settings and the seed alone (and of the checkpoint
+    that the settings continue from), so that a run resumed from a checkpoint has the bits of one that never stopped,
+    on the same machine with the same number of threads.
 
     Args:
         config: the settings; when resuming, those of `runfiles.resume_config`.
@@ -68,7 +70,7 @@ class _Run:
         self.micro_batch = _micro_batch(config, self.processes)
 
         # ---- text
-        text = load_corpus(corpus) if corpus else prepare_corpus(config)
+        text = load_corpus(corpus) if corpus else self._prepared_text(resume)
         self.training = Windows(text.train, config.seq_len, "train")
         validation = Windows(text.validation, config.seq_len, "validation")
         self.validation = validation.spread(config.eval_batches * config.batch_size)
@@ -81,10 +83,7 @@ class _Run:
             seed=config.seed,
             attention=attention_for(self.device.type, config.seq_len),
         )
-        hashes = {
-            "init_sha256": runfiles.weights_sha256(self.weights),
-            "batches_sha256": self.training.sha256(config.steps, config.batch_size, config.seed),
-        }
+        fresh_sha256 = runfiles.weights_sha256(self.weights)
         self.weights.to(self.device)  # pyright: ignore[reportArgumentType] - wrapped by transformers
         if config.model_dtype != torch.float32:
             collage.to_low_precision(self.weights, config.model_dtype)
@@ -101,17 +100,22 @@ class _Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if config.grad_dtype == "float32":
             _keep_gradients_in_float32(self.parameters)
-        self.audit = collage.audit(self.optimizer, every=config.audit_every or config.steps)
+        self.audit = collage.audit(self.optimizer, every=_NEVER)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.model_dtype == torch.float16)
         # Accelerate's optimizer wrapper is left out: it would stand between the loss scaler and the optimizer.
         self.model: nn.Module = self.accelerator.prepare_model(self.weights, device_placement=False)
 
-        # ---- files
-        self.step, self.earlier_s = 0, 0.0
-        facts = {"command": command, "corpus": text.info.to_json(), **hashes}
+        # ---- where it starts, and files
+        self.step, self.earlier_s, self.order_seed = 0, 0.0, config.seed
+        reached = checkpoints.latest(out / "checkpoints") if resume else None
+        facts = {"command": command, "corpus": text.info.to_json(), "init_sha256": fresh_sha256}
+        if config.from_checkpoint is not None:
+            facts |= self._continue() if reached is None else _earlier_start(out)
+            self.order_seed = continuation.order_seed(facts["init_sha256"], config.seed)
+        facts["batches_sha256"] = self.training.sha256(config.steps, config.batch_size, self.order_seed)
         self.record = runfiles.describe(config, self.weights, self.device, facts)
         if resume:
-            self._resume()
+            self._resume(reached)
         self.metrics = self._metrics(text)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
@@ -121,14 +125,18 @@ class _Run:
         self.started = time.perf_counter()
         display = Display(self.record["name"], config.steps, self.step, enabled=self.accelerator.is_main_process)
         display.say(f"{self._title()}, in {self.out}")
+        if config.from_checkpoint is not None:
+            display.say(self._start_text())
         try:
             with StopSignals() as signals, display:
+                if config.from_checkpoint is not None and self.step == 0:
+                    self._record_start(display)
                 while self.step < config.steps:
                     display_record = self._next_step()
                     if display_record is not None:
                         display.show(display_record)
                     stopping = self._any_process(signals.requested) and self.step < config.steps
-                    if self._due(config.checkpoint_every) or stopping:
+                    if self._due(config.checkpoint_every, self.step) or stopping:
                         self._save()
                     if stopping:
                         display.say(
@@ -153,13 +161,13 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-        loss = self._accumulate_gradients(self.training.batch(step, config.batch_size, config.seed))
+        loss = self._accumulate_gradients(self.training.batch(step, config.batch_size, self.order_seed))
         norm = self._clip_gradients()
         self._check_finite(step, loss, norm)
 
         audited = len(self.audit.steps)
-        if step == config.steps:
-            self.audit.every = 1
+        # The optimizer's own count goes on from the checkpoint that a run continues from.
+        self.audit.every = 1 if self._due(config.audit_every, step) else _NEVER
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -177,9 +185,9 @@ class _Run:
         }
         if len(self.audit.steps) > audited:
             record |= {key: value for key, value in self.audit.report()["total"].items() if key in _AUDIT_KEYS}
-        if self._due(config.eval_every):
+        if self._due(config.eval_every, step):
             record["validation_loss"] = self._validation_loss()
-        if not (self._due(config.log_every) or "edq_ratio" in record or "validation_loss" in record):
+        if not (self._due(config.log_every, step) or "edq_ratio" in record or "validation_loss" in record):
             return None
         self.metrics.append(record)
         return record
@@ -241,9 +249,9 @@ class _Run:
 
     # ---- small questions -----------------------------------------------------------------------------------------
 
-    def _due(self, every: int) -> bool:
-        """Whether something done every so many steps, and after the last one, is due; 0 = only then."""
-        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+    def _due(self, every: int, step: int) -> bool:
+        """Whether something done every so many steps, and in the last one, is due; 0 = only then."""
+        return step == self.config.steps or (every > 0 and step % every == 0)
 
     def _any_process(self, flag: bool) -> bool:
         if self.processes == 1:
@@ -258,13 +266,43 @@ class _Run:
             f"{self.record['bytes_per_param']:g} bytes each"
         )
 
+    def _start_text(self) -> str:
+        source, errors = self.record["source"], self.record["conversion"]
+        converted = ", ".join(f"{role} {conversion_text(error)}" for role, error in errors.items())
+        return (
+            f"continues from step {source['step']} of {source['run'] or 'a run'} ({source['strategy']}), "
+            f"{source['checkpoint']}; converted to {self.config.strategy}: {converted}"
+        )
+
+    # ---- another run's checkpoint --------------------------------------------------------------------------------
+
+    def _prepared_text(self, resume: bool) -> Corpus:
+        if self.config.from_checkpoint is None:
+            return prepare_corpus(self.config)
+        if resume:
+            # The source's folder may be gone by now, and the run has its tokenizer.
+            return prepare_corpus(self.config, continuation.tokenizer_json(self.config, self.out))
+        return continuation.continued_text(self.config)
+
+    def _continue(self) -> dict[str, Any]:
+        """Put the checkpoint that the settings name into model and optimizer; returns what run.json says of it."""
+        start = continuation.start(self.config, self.weights, self.optimizer)
+        if start.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(start.scaler)
+        return {"init_sha256": start.sha256, "source": start.source, "conversion": start.conversion}
+
+    def _record_start(self, display: Display) -> None:
+        """Record the validation loss before the first step: where all that branch from one checkpoint start."""
+        loss = self._validation_loss()
+        self.metrics.append({"step": 0, "tokens": 0, "validation_loss": loss})
+        display.say_validation(0, loss)
+
     # ---- files ---------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> None:
+    def _resume(self, checkpoint: Path | None) -> None:
         run = runfiles.read_run(self.out)
         self.record["command"] = run["command"]
         self._check_same_start(run)
-        checkpoint = checkpoints.latest(self.out / "checkpoints")
         if checkpoint is not None:
             progress = checkpoints.load(checkpoint, self.config, self.weights, self.optimizer)
             self.step, self.earlier_s = progress.step, progress.wall_time_s
@@ -272,7 +310,7 @@ class _Run:
 
     def _check_same_start(self, run: dict[str, Any]) -> None:
         """Raise `UserError` unless the run in `out` began with this text, these batches and these weights."""
-        steps, batch_size, seed = run["config"]["steps"], self.config.batch_size, self.config.seed
+        steps, batch_size, seed = run["config"]["steps"], self.config.batch_size, self.order_seed
         facts = {
             "text": (run["corpus"]["sha256"], self.record["corpus"]["sha256"]),
             "batches": (run["batches_sha256"], self.training.sha256(steps, batch_size, seed)),
@@ -326,6 +364,13 @@ class _Run:
 
 
 _AUDIT_KEYS = ("edq", "update_norm", *runfiles.AUDITED)
+_NEVER = sys.maxsize
+
+
+def _earlier_start(out: Path) -> dict[str, Any]:
+    """What run.json says of the checkpoint that a run to be resumed continues from."""
+    run = runfiles.read_run(out)
+    return {key: run[key] for key in ("init_sha256", "source", "conversion")}
 
 
 def _loss(model: nn.Module, sequences: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ def final_figures(records: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         "validation_loss": validation,
         "perplexity": None if validation is None else _exp(validation),
         **{key: _mean(record[key] for record in tail if key in record) for key in AUDITED},
-        "tokens_per_s": statistics.median(record["tokens_per_s"] for record in records),
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records if "tokens_per_s" in r),
     }
 
 
