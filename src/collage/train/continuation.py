@@ -277,7 +277,8 @@ def start(config: TrainConfig, model: torch.nn.Module, optimizer: collage.AdamW)
         state = {key: low.optimizer["state"][their] for key, their in zip(keys, theirs, strict=True)}
         optimizer.load_state_dict({"state": state, "param_groups": own})
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{source.path} doesn't fit the model {config.model}: {error}; {_REMEDY}") from error
+        said = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise CheckpointError(f"{source.path} doesn't fit the model {config.model}: {said}; {_REMEDY}") from error
     return Start(_facts(source, sha256), low.worst, sha256, source.saved.trainer.get("scaler") or {})
 
 

@@ -311,11 +311,12 @@ class _Run:
     def _check_same_start(self, run: dict[str, Any]) -> None:
         """Raise `UserError` unless the run in `out` began with this text, these batches and these weights."""
         steps, batch_size, seed = run["config"]["steps"], self.config.batch_size, self.order_seed
-        facts = {
-            "text": (run["corpus"]["sha256"], self.record["corpus"]["sha256"]),
-            "batches": (run["batches_sha256"], self.training.sha256(steps, batch_size, seed)),
-            "initial weights": (run["init_sha256"], self.record["init_sha256"]),
-        }
+        weights = (run["init_sha256"], self.record["init_sha256"])
+        facts = {"text": (run["corpus"]["sha256"], self.record["corpus"]["sha256"])}
+        if self.config.from_checkpoint is not None:
+            facts["values in the checkpoint"] = weights  # before the batches, whose order follows from them
+        facts["batches"] = (run["batches_sha256"], self.training.sha256(steps, batch_size, seed))
+        facts["initial weights"] = weights
         for name, (theirs, ours) in facts.items():
             if theirs != ours:
                 raise UserError(
