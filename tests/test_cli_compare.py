@@ -195,6 +195,60 @@ def test_runs_that_did_not_start_alike_are_an_error(
     assert "did not start alike" in said.err
 
 
+# ---- branches of one checkpoint --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def branched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a comparison of two strategies that continue a float32 run, and what the command wrote."""
+    folder = tmp_path_factory.mktemp("branched")
+    text, source, out = write_text(folder / "text"), folder / "source", folder / "out"
+    arguments = ["--strategy", "fp32", "--steps", 10, "--threads", 1, "--data", text, "--out", source]
+    assert here("train", *SMALL, *arguments) == 0
+    arguments = ["--strategies", "plain,mixed", "--seeds", 1, "--steps", 6, "--eval-every", 0, "--device", "cpu"]
+    code, output = collage("compare", "--from", source, *arguments, "--out", out)
+    assert code == 0, output
+    return out, output
+
+
+def test_strategies_branch_from_one_checkpoint_on_the_same_batches(branched: Compared) -> None:
+    out, output = branched
+    runs = {name: read(out / f"{name}-seed0" / "run.json") for name in ("plain", "mixed")}
+    checkpoint = str((out.parent / "source/checkpoints/step-000010").resolve())
+    for run in runs.values():
+        assert run["source"]["checkpoint"] == run["config"]["from_checkpoint"] == checkpoint
+        assert (run["source"]["step"], run["source"]["strategy"], run["status"]) == (10, "fp32", "finished")
+        assert (run["config"]["lr"], run["config"]["min_lr"]) == (pytest.approx(1e-4), pytest.approx(1e-5))
+        assert (run["config"]["model"], run["config"]["seq_len"]) == ("gpt-tiny", 8)
+    for key in ("init_sha256", "batches_sha256"):
+        assert runs["plain"][key] == runs["mixed"][key]
+    assert runs["mixed"]["conversion"] == {"param": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
+    assert 1e-4 < runs["plain"]["conversion"]["param"] < 2**-8
+    assert f"all continue from {checkpoint}, learning rate from 0.0001 down to 1e-05, cosine" in output
+    rows = {row["strategy"]: row for row in read(out / "compare.json")["strategies"]}
+    for name, row in rows.items():
+        assert row["conversion"] == runs[name]["conversion"]
+        first = read_metrics(out / f"{name}-seed0" / "metrics.jsonl")[0]
+        assert first == {"step": 0, "tokens": 0, "validation_loss": row["start_validation_loss"]}
+    assert rows["plain"]["lost_fraction"] > 0.5 > 0.01 > rows["mixed"]["lost_fraction"]
+    for page in (output, (out / "report.md").read_text(), (out / "report.html").read_text()):
+        assert "All runs continue from step 10 of fp32-seed0 (strategy fp32, float32 weights" in page
+    assert "| mixed | exact | exact | exact |" in (out / "report.md").read_text()
+
+
+def test_a_comparison_from_a_checkpoint_is_resumed_with_another_strategy_and_refuses_another_checkpoint(
+    branched: Compared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = branched
+    assert here("compare", "--resume", "--out", out, "--from", out) == 2
+    assert f"--from {out} (the run has" in capsys.readouterr().err
+    assert here("compare", "--resume", "--out", out, "--strategies", "plus") == 0
+    record = read(out / "compare.json")
+    assert [row["strategy"] for row in record["strategies"]] == ["plain", "plus", "mixed"]
+    assert record["source"]["step"] == 10
+    assert record["warnings"] == []
+
+
 # ---- comparisons that don't go well ----------------------------------------------------------------------------
 
 

@@ -212,3 +212,33 @@ def whole(tmp_path: Path) -> Callable[[Path], Path]:
         return out
 
     return train
+
+
+# ---- continuing from another run's checkpoint ------------------------------------------------------------------
+
+
+def test_a_run_continues_another_ones_checkpoint_with_its_model_and_text(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    assert collage("train", *SMALL, "--strategy", "mixed", "--steps", 5, "--data", text, "--out", source) == 0
+    branch = ["train", "--from", source, "--strategy", "light", "--steps", 3, "--threads", 1, "--device", "cpu"]
+    assert collage(*branch, "--out", out) == 0
+    assert "continues from step 5 of mixed-seed0 (mixed)" in capsys.readouterr().out
+    run = runfiles.read_run(out)
+    assert (run["source"]["step"], run["config"]["data"], run["model"]["name"]) == (5, str(text), "gpt-tiny")
+    assert collage(*branch, "--out", out, "--resume") == 0
+    assert collage(*branch, "--model", "gpt-1m", "--out", tmp_path / "other") == 2
+    error = capsys.readouterr().err
+    assert "--model gpt-1m (the checkpoint has gpt-tiny)" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "other").exists()
+    assert collage("train", "--from", text, "--out", tmp_path / "other") == 2
+    assert capsys.readouterr().err.startswith("collage: --from must be a folder that `collage train` wrote")
+
+
+def test_the_help_says_what_the_defaults_of_a_continuation_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "compare"):
+        assert collage(command, "--help") == 0
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert "--lr a tenth of the source run's, --min-lr a tenth of --lr" in shown

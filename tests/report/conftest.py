@@ -52,7 +52,10 @@ def final(strategy: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def write_run(folder: Path, strategy: str, seed: int = 0, **changes: Any) -> Path:
-    """Write FOLDER/STRATEGY-seedSEED; `changes` replace entries of run.json, but for `steps`, `last` and `config`."""
+    """Write FOLDER/STRATEGY-seedSEED; `changes` replace entries of run.json, but for `steps`, `last`, `config` and
+    `start_loss`, the validation loss before the first step.
+    """
+    start_loss = changes.pop("start_loss", None)
     steps, last = changes.pop("steps", 60), changes.pop("last", None)
     config = {**TrainConfig().to_json(), "strategy": strategy, "seed": seed, "steps": steps}
     name = changes.pop("directory", f"{strategy}-seed{seed}")
@@ -84,6 +87,8 @@ def write_run(folder: Path, strategy: str, seed: int = 0, **changes: Any) -> Pat
     }
     (run / "run.json").write_text(json.dumps(record))
     made = records(strategy, seed, steps, steps if last is None else last)
+    if start_loss is not None:
+        made.insert(0, {"step": 0, "tokens": 0, "validation_loss": start_loss})
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
     return run
 
@@ -94,5 +99,20 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 
     def make(strategy: str, seed: int = 0, folder: Path = tmp_path / "runs", **changes: Any) -> Path:
         return write_run(folder, strategy, seed, **changes)
+
+    return make
+
+
+@pytest.fixture
+def make_branch(make_run: Callable[..., Path]) -> Callable[..., Path]:
+    """As `make_run`, a run that continues from a checkpoint; `param` is the error of its converted weights."""
+
+    def make(strategy: str, seed: int = 0, *, param: float | None = 0.0, loss: float = 2.5, **changes: Any) -> Path:
+        source: dict[str, Any] = {"checkpoint": "/runs/old/checkpoints/step-000300", "run": "fp32-seed0", "step": 300}
+        source |= {"strategy": "fp32", "dtype": "float32", "seed": 0, "lr": 1e-3, "sha256": "ef" * 32}
+        config = {"from_checkpoint": source["checkpoint"], "lr": 1e-4, "min_lr": 1e-5, **changes.pop("config", {})}
+        conversion = {"param": param, "exp_avg": 0.0, "exp_avg_sq": 0.00123}
+        own = {"source": source, "conversion": conversion, "start_loss": loss, "init_sha256": "ef" * 32}
+        return make_run(strategy, seed, config=config, **{**own, **changes})
 
     return make

@@ -90,3 +90,45 @@ def test_equal_starts_and_files_from_before_the_hashes_are_fine(run: MakeRun) ->
 
 def test_runs_under_other_conditions_need_no_equal_start(run: MakeRun) -> None:
     assert start_mismatches([run("plain"), run("plus", config={"batch_size": 4}, batches_sha256="other")]) == []
+
+
+# ---- runs that continue from a checkpoint ----------------------------------------------------------------------
+
+
+def test_runs_from_different_checkpoints_are_groups_named_by_them(
+    make_branch: Callable[..., Path], run: MakeRun
+) -> None:
+    other = {"from_checkpoint": "/elsewhere/other/checkpoints/step-000900"}
+    made = [read_run(make_branch("plus")), read_run(make_branch("plus", directory="b", config=other))]
+    assert [group.label for group in group_runs(made)] == [
+        "plus (from_checkpoint old/checkpoints/step-000300)",
+        "plus (from_checkpoint other/checkpoints/step-000900)",
+    ]
+    mixed = read_run(make_branch("mixed"))
+    groups = group_runs([*made, mixed])
+    assert [baseline_of(group, groups) for group in groups] == [groups[2], None, None]
+
+
+def test_a_continued_run_is_no_comparison_for_one_with_fresh_weights(
+    make_branch: Callable[..., Path], run: MakeRun
+) -> None:
+    config = {"lr": 1e-4, "min_lr": 1e-5}
+    groups = group_runs([read_run(make_branch("plus")), run("mixed", config=config)])
+    assert [group.label for group in groups] == [
+        "plus (from_checkpoint old/checkpoints/step-000300)",
+        "mixed (from_checkpoint none)",
+    ]
+    assert baseline_of(groups[0], groups) is None
+
+
+def test_files_from_before_there_were_continued_runs_are_of_one_group_with_later_ones(run: MakeRun) -> None:
+    new, old = run("plus", 0), run("plus", 1)
+    assert new.config["from_checkpoint"] is None
+    config = {key: value for key, value in old.config.items() if key != "from_checkpoint"}
+    assert len(group_runs([new, Run(old.path, {**old.record, "config": config})])) == 1
+
+
+def test_runs_from_one_checkpoint_whose_values_differ_are_told(make_branch: Callable[..., Path]) -> None:
+    made = [read_run(make_branch("plus")), read_run(make_branch("mixed", init_sha256="other"))]
+    (problem,) = start_mismatches(made)
+    assert problem == "plus-seed0 and mixed-seed0 have the same seed but different initial weights (init_sha256)"

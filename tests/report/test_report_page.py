@@ -187,3 +187,52 @@ def test_the_sentences_follow_the_table(summary: dict[str, Any]) -> None:
     flat = " ".join(printed(summary, 100).split())
     for row in summary["strategies"]:
         assert verdict(row) in flat
+
+
+# ---- runs that continue from a checkpoint ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def branched(make_branch: MakeRun, tmp_path: Path) -> dict[str, Any]:
+    make_branch("plain", param=0.0039)
+    make_branch("mixed")
+    return summarize(read_runs([tmp_path / "runs"]))
+
+
+def test_runs_that_continue_say_from_where_how_exactly_and_at_what_learning_rate(branched: dict[str, Any]) -> None:
+    entries = context(branched, [])
+    said = (
+        "All runs continue from step 300 of fp32-seed0 (strategy fp32, float32 weights, learning rate 0.001 at its "
+        "peak), /runs/old/checkpoints/step-000300; learning rate from 0.0001 down to 1e-05, cosine."
+    )
+    tags = Tags(html(entries))
+    assert tags.open == []
+    text = " ".join(" ".join(tags.text).split())
+    assert said in text
+    assert "Where the runs start" in text
+    assert "continued from step 300" in text
+    assert "plain 3.9e-03 exact 1.2e-03 2.5000" in text
+    assert "mixed exact exact 1.2e-03 2.5000" in text
+    page = markdown(entries)
+    assert "## Where the runs start" in page
+    assert "| plain | 3.9e-03 | exact | 1.2e-03 | 2.5000 |" in page
+    shown = " ".join(printed(branched, 200).split())
+    assert said in shown
+    assert "plain 3.9e-03 exact 1.2e-03 2.5000" in shown
+
+
+def test_runs_with_fresh_weights_have_no_such_table(summary: dict[str, Any]) -> None:
+    for shown in (html(context(summary, [])), markdown(context(summary, [])), printed(summary, 200)):
+        assert "Where the runs start" not in shown
+        assert "continue" not in shown
+
+
+def test_what_runs_from_different_checkpoints_have_not_in_common_is_not_claimed(
+    make_branch: MakeRun, tmp_path: Path
+) -> None:
+    other = "/runs/new/checkpoints/step-000900"
+    make_branch("plain")
+    make_branch("plus", source={"checkpoint": other, "step": 900}, config={"from_checkpoint": other, "lr": 2e-4})
+    page = markdown(context(summarize(read_runs([tmp_path / "runs"])), []))
+    assert "The runs continue from different checkpoints. Weights" in page
+    assert "continued from step" not in page

@@ -140,3 +140,25 @@ def test_unequal_starts_are_warned_of(make_run: MakeRun, tmp_path: Path) -> None
     make_run("mixed")
     (warning,) = summarize(read_runs([tmp_path / "runs"]))["warnings"]
     assert "different initial weights" in warning
+
+
+def test_a_row_of_runs_that_continue_has_the_conversions_largest_error_and_the_loss_at_the_start(
+    make_branch: MakeRun, tmp_path: Path
+) -> None:
+    make_branch("plain", 0, param=0.001, loss=2.0)
+    make_branch("plain", 1, param=0.004, loss=3.0)
+    make_branch("mixed")
+    make_branch("light", param=None)
+    summary = summarize(read_runs([tmp_path / "runs"]))
+    row = rows(summary)["plain"]
+    assert row["conversion"] == {"param": 0.004, "exp_avg": 0.0, "exp_avg_sq": 0.00123}
+    assert row["start_validation_loss"] == 2.5
+    assert rows(summary)["mixed"]["conversion"]["param"] == 0.0
+    assert rows(summary)["light"]["conversion"]["param"] is None
+    assert (summary["source"]["step"], summary["source"]["run"]) == (300, "fp32-seed0")
+    assert summary["warnings"] == []
+
+
+def test_runs_with_fresh_weights_have_no_source_and_no_conversion(summary: dict[str, Any]) -> None:
+    assert summary["source"] == {}
+    assert {(row["conversion"], row["start_validation_loss"]) for row in summary["strategies"]} == {(None, None)}

@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 
-from collage.report.wording import COLUMNS, MISSING, cells, megabytes, percent, plain, signed, verdict, with_spread
+from collage.report.wording import (
+    COLUMNS,
+    MISSING,
+    cells,
+    learning_rates,
+    megabytes,
+    percent,
+    plain,
+    signed,
+    verdict,
+    with_spread,
+)
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -180,3 +191,15 @@ def test_the_sentence_ends_with_the_runs_that_are_missing() -> None:
     left = [{"name": f"plus-seed{seed}", "status": "failed", "step": 7, "steps": 60} for seed in (3, 4)]
     assert verdict(row(unfinished=left[:1])).endswith(". 1 more run did not finish.")
     assert verdict(row(unfinished=left)).endswith(". 2 more runs did not finish.")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"lr": 1e-4, "min_lr": 1e-5, "schedule": "cosine"}, "learning rate from 0.0001 down to 1e-05, cosine"),
+        ({"lr": 1e-4, "min_lr": None, "schedule": "linear"}, "learning rate from 0.0001 down, linear"),
+        ({"lr": 1e-4, "min_lr": 1e-5, "schedule": "constant"}, "learning rate 0.0001, constant"),
+    ],
+)
+def test_the_learning_rate_in_words(config: dict[str, Any], said: str) -> None:
+    assert learning_rates(config) == said

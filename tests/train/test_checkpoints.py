@@ -144,3 +144,22 @@ def test_tensors_of_another_strategy_or_model_are_refused(tiny: TrainConfig, fol
         checkpoints.load(path, tiny, *parts(replace(tiny, strategy="light")))
     with pytest.raises(CheckpointError, match=r"must be torch.float32, got torch.bfloat16"):
         checkpoints.load(path, tiny, *parts(replace(tiny, strategy="fp32")))
+
+
+def test_tied_weights_are_saved_once_and_come_back_tied(tiny: TrainConfig, folder: Path) -> None:
+    def tied(seed: int) -> Any:
+        model = build_model(tiny.model, vocab_size=50, seq_len=8, seed=seed)
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        return model
+
+    model, other = tied(0), tied(5)
+    ((second, first),) = checkpoints.tied_names(model).items()
+    config = replace(tiny, strategy="fp32")
+    optimizers = [collage.AdamW(parameter_groups(each, 0.1), strategy="fp32") for each in (model, other)]
+    path = checkpoints.save(folder, Progress(2, 0.0, {}), config, model, optimizers[0], keep=1)
+    saved = checkpoints.read(path, "").weights
+    assert (first in saved, second in saved) == (True, False)
+    checkpoints.load(path, config, other, optimizers[1])
+    assert other.get_output_embeddings().weight is other.get_input_embeddings().weight
+    assert raw(other.get_output_embeddings().weight.detach()) == raw(model.get_input_embeddings().weight.detach())
+    assert checkpoints.tied_names(parts(tiny)[0]) == {}

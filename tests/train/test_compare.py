@@ -19,6 +19,7 @@ from collage.train import compare
 from collage.train.compare import Child, Outcome, Plan, Planned, make_plan, run_all, share_machine
 from collage.train.compare_display import CompareDisplay, figures_text
 from collage.train.config import TrainConfig, UserError
+from collage.train.loop import train
 from collage.train.signals import StopSignals
 
 CONFIG = TrainConfig(model="gpt-tiny", steps=4, device="cpu")
@@ -181,6 +182,49 @@ def test_the_text_of_an_attempt_that_left_no_plan_is_not_used(plan: Plan) -> Non
 def test_time_spent_before_counts_on(plan: Plan) -> None:
     compare.note_end(plan, "interrupted", {"command": "a", "plan": plan.to_json(), "wall_time_s": 7.0})
     assert compare.prepare(plan, "b")["wall_time_s"] == 7.0
+
+
+# ---- from a checkpoint -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tiny: TrainConfig, tmp_path: Path) -> Path:
+    """A bpe run of two steps."""
+    train(replace(tiny, steps=2, warmup=0, tokenizer="bpe", vocab_size=270, lr=1e-3), tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_a_plan_from_a_checkpoint_names_it_for_all_runs_and_has_the_defaults_of_a_continuation(
+    source: Path, tmp_path: Path
+) -> None:
+    plan = make_plan({"from_checkpoint": str(source), "threads": 1}, "plain,fp32", 2, tmp_path / "out", resume=False)
+    checkpoint = str((source / "checkpoints/step-000002").resolve())
+    assert {each.config.from_checkpoint for each in plan.runs()} == {checkpoint}
+    assert {(each.config.steps, each.config.lr, each.config.model) for each in plan.runs()} == {(250, 1e-4, "tiny")}
+    compare.prepare(plan, "collage compare --from source")
+    assert (plan.corpus / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
+
+
+def test_a_plan_that_contradicts_its_checkpoint_is_refused_before_anything_is_written(
+    source: Path, tmp_path: Path
+) -> None:
+    given = {"from_checkpoint": str(source), "model": "gpt-1m"}
+    with pytest.raises(UserError, match=r"--model gpt-1m \(the checkpoint has tiny\)"):
+        make_plan(given, None, None, tmp_path / "out", resume=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_plan_remembers_its_checkpoint_and_refuses_another(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = make_plan({"from_checkpoint": str(source)}, "plain", 1, out, resume=False)
+    compare.prepare(plan, "collage compare --from source")
+    assert make_plan({}, None, None, out, resume=True).config == plan.config
+    assert make_plan({"from_checkpoint": str(source)}, "plus", None, out, resume=True).config == plan.config
+    with pytest.raises(UserError, match=r"--from elsewhere \(the run has .*step-000002\)"):
+        make_plan({"from_checkpoint": "elsewhere"}, None, None, out, resume=True)
+    fresh = stored(tmp_path / "fresh")
+    with pytest.raises(UserError, match=r"--from .*source \(the run has None\)"):
+        make_plan({"from_checkpoint": str(source)}, None, None, fresh, resume=True)
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import collage
-from collage.train.config import TrainConfig, UserError, resumed
+from collage.train.config import TrainConfig, UserError, option, resumed
 
 
 def test_settings_survive_json() -> None:
@@ -83,6 +83,14 @@ def test_a_resumed_run_may_be_observed_and_executed_otherwise() -> None:
 def test_contradicting_a_resumed_run_names_each_option() -> None:
     with pytest.raises(UserError, match=r"got --lr 0.1 \(the run has 0.001\); --batch-size 8 \(the run has 16\)"):
         resumed(TrainConfig(), {"lr": 0.1, "batch_size": 8, "log_every": 2})
+
+
+def test_the_option_of_the_checkpoint_to_continue_from_is_from() -> None:
+    assert option("from_checkpoint") == "--from"
+    with pytest.raises(UserError, match=r"got --from a \(the run has None\)"):
+        resumed(TrainConfig(), {"from_checkpoint": "a"})
+    with pytest.raises(UserError, match=r"from_checkpoint must be a non-empty text, got ''"):
+        TrainConfig(from_checkpoint="")
 
 
 def test_a_resumed_run_may_grow_under_a_constant_learning_rate_only() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from collage.train.display import Display
+from collage.train.display import Display, conversion_text
 
 
 def record(step: int, **more: float | None) -> dict[str, object]:
@@ -31,3 +31,8 @@ def test_other_processes_show_nothing(capsys: pytest.CaptureFixture[str]) -> Non
         display.say("hello")
         display.show(record(2))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("error", "said"), [(0.0, "exact"), (0.00391, "3.9e-03"), (1.2e-7, "1.2e-07"), (None, "–")])
+def test_a_conversions_error_is_exact_or_a_share(error: float | None, said: str) -> None:
+    assert conversion_text(error) == said

@@ -79,6 +79,12 @@ def test_final_figures_are_means_over_the_last_tenth() -> None:
     }
 
 
+def test_a_record_from_before_the_first_step_counts_in_no_final_figure() -> None:
+    before = {"step": 0, "tokens": 0, "validation_loss": 5.0}
+    first = {"step": 1, "tokens": 10, "loss": 1.5, "tokens_per_s": 3.0, "validation_loss": 2.0}
+    assert runfiles.final_figures([before, first], 1) == runfiles.final_figures([first], 1)
+
+
 def test_state_bytes_counts_the_real_tensors() -> None:
     p = torch.nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
     optimizer = collage.AdamW([p], strategy="mixed")
