@@ -42,7 +42,7 @@ def test_what_the_warning_says_happens_and_does_not_in_the_strategies_it_names()
         for scale in (1.0, 1.0, 0.0):
             param.grad = torch.full_like(param, grad * scale)
             opt.step()
-        return (opt.full_param(param) - before).abs().max().item()
+        return (opt.full_param(param) - before).mean().abs().item()
 
     # Gradients whose square underflows, then none: v is 0 and m is not.
     assert moved("plus", 2e-5) > 100 * moved("mixed", 2e-5)

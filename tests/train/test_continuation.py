@@ -25,6 +25,7 @@ from collage.train.data import Windows, prepare_corpus
 from collage.train.loop import train
 from collage.train.models import build_model, parameter_groups
 from collage.train.schedule import learning_rate
+from comparing import CASES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -300,8 +301,10 @@ def test_a_checkpoint_by_itself_needs_its_text_named(source: Path, tmp_path: Pat
 # ---- the conversion --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("strategy", collage.strategies())
+@pytest.mark.parametrize(
+    ("strategy", "dtype"),
+    [*((name, str(dtype).removeprefix("torch.")) for name, dtype in CASES), ("fp32", "bfloat16"), ("fp16", "bfloat16")],
+)
 def test_every_strategy_takes_a_float32_checkpoint_as_exactly_as_it_says(
     source: Path, strategy: str, dtype: str
 ) -> None:

@@ -127,7 +127,7 @@ def _encode(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
     """One parameter's components from its float32 values; and the error of each logical tensor."""
     # What the strategy fixes (fp32) stays as it is fixed.
-    own = strategy.param.components(dtype)[0].dtype
+    own = strategy.param_dtype(dtype)
     param = torch.empty_like(entry["param"], dtype=own)
     layout = layout_of(strategy, param)
     state = {"step": entry["step"].clone()}
@@ -156,7 +156,7 @@ def _share(stored: Tensor, wanted: Tensor) -> float:
 
 def _rounded(tensor: Tensor, strategy: Strategy, dtype: torch.dtype) -> Tensor:
     """Rounded to nearest into the dtype in which the strategy's model is."""
-    out = torch.empty_like(tensor, dtype=strategy.param.components(dtype)[0].dtype)
+    out = torch.empty_like(tensor, dtype=strategy.param_dtype(dtype))
     return out.copy_(tensor)
 
 

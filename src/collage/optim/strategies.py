@@ -56,18 +56,13 @@ class Strategy:
                 f"strategy {self.name!r} cannot serve parameters of {dtype}; allowed: {allowed}. Cast the model, for "
                 "example with collage.to_low_precision(model, torch.bfloat16)"
             )
-        own = self.param.components(dtype)[0].dtype
+        own = self.param_dtype(dtype)
         if own != dtype:
             raise ValueError(
                 f"strategy {self.name!r} keeps parameters in {own}, got a parameter of {dtype}; cast the model to "
                 f"{own} or take a strategy for low-precision parameters such as 'plus'"
             )
         nominal = (self.param, self.exp_avg, self.exp_avg_sq)
-        try:
-            for storage in nominal:
-                storage.components(dtype)
-        except ValueError as error:
-            raise ValueError(f"strategy {self.name!r} cannot serve parameters of {dtype}: {error}") from error
         if shape is None:
             return Layout(*nominal)
         param, exp_avg, exp_avg_sq = (storage.fitted(shape) for storage in nominal)
@@ -79,6 +74,17 @@ class Strategy:
                 "small parameters; give Strategy(..., small=...), for example collage.strategies()['fp32-states']"
             )
         return self.small.layout(dtype, shape)
+
+    def param_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a model's parameters where ``dtype`` is wanted: that, or the one that the strategy fixes.
+
+        Raises:
+            ValueError: the strategy cannot serve parameters of this dtype.
+        """
+        try:
+            return self.param.components(dtype)[0].dtype
+        except ValueError as error:
+            raise ValueError(f"strategy {self.name!r} cannot serve parameters of {dtype}: {error}") from error
 
     def bytes_per_param(self, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> float:
         """Bytes per parameter: the parameter with its extras, both moments, and the gradient in the parameter's dtype.

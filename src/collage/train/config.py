@@ -54,14 +54,14 @@ class TrainConfig:
     strategy: str = _setting(
         "plus",
         MODEL,
-        "How parameters and optimizer states are stored: plain, stochastic, kahan, light, plus, light-nearest, "
-        "plus-nearest, fp32-states, mixed, fp32. 'light' adds a low part to each weight, 'plus' to v as well.",
+        f"How parameters and optimizer states are stored: {', '.join(collage.strategies())}. 'light' adds a low part "
+        "to each weight, 'plus' to v as well, 'exact' makes weights float32, 'compact' keeps moments in 8 bits.",
     )
     dtype: str = _setting(
         "bfloat16",
         MODEL,
         "The low-precision format: bfloat16, or float16 with dynamic loss scaling. float16 has no room for a small v: "
-        "give --eps 1e-4, or a strategy with fp32 moments.",
+        "take strategy fp16, compact, or one with fp32 moments, or give --eps 1e-4.",
     )
     arithmetic: str = _setting(
         "fp32", MODEL, "What the optimizer computes in: fp32, or working (each operation rounded to the format)."
@@ -145,7 +145,7 @@ class TrainConfig:
     @property
     def model_dtype(self) -> torch.dtype:
         """The dtype of the model's weights: `dtype`, or the strategy's own (fp32 trains a float32 model)."""
-        return collage.strategies()[self.strategy].param.components(getattr(torch, self.dtype))[0].dtype
+        return collage.strategies()[self.strategy].param_dtype(getattr(torch, self.dtype))
 
     @property
     def warmup_steps(self) -> int:
@@ -312,6 +312,10 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _check_together(config: TrainConfig) -> None:
+    try:
+        _ = config.model_dtype
+    except ValueError as error:
+        raise _fail("dtype", config.dtype, f"one that strategy {config.strategy} serves", str(error)) from error
     if config.warmup and config.warmup >= config.steps:
         raise _fail("warmup", config.warmup, f"less than steps ({config.steps})", "lower warmup or raise steps")
     if config.schedule != "constant" and config.min_lr is not None and config.min_lr > config.lr:

@@ -22,6 +22,7 @@ from collage.train.config import RunFailed, TrainConfig, UserError
 from collage.train.data import Corpus, Windows, load_corpus, prepare_corpus
 from collage.train.display import Display, conversion_text
 from collage.train.models import attention_for, build_model, parameter_groups
+from collage.train.products import multiplying, products
 from collage.train.schedule import learning_rate
 from collage.train.signals import StopSignals
 
@@ -68,6 +69,7 @@ class _Run:
         self.device = _device(config, self.accelerator)
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.micro_batch = _micro_batch(config, self.processes)
+        self.products = products(self.device, config.model_dtype)
 
         # ---- text
         text = load_corpus(corpus) if corpus else self._prepared_text(resume)
@@ -109,6 +111,7 @@ class _Run:
         self.step, self.earlier_s, self.order_seed = 0, 0.0, config.seed
         reached = checkpoints.latest(out / "checkpoints") if resume else None
         facts = {"command": command, "corpus": text.info.to_json(), "init_sha256": fresh_sha256}
+        facts["products"] = self.products
         if config.from_checkpoint is not None:
             facts |= self._continue() if reached is None else _earlier_start(out)
             self.order_seed = continuation.order_seed(facts["init_sha256"], config.seed)
@@ -202,7 +205,8 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for index, sequences in enumerate(shares):
             last = index == len(shares) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            sync = nullcontext() if last else self.accelerator.no_sync(self.model)
+            with sync, multiplying(self.products):
                 loss = _loss(self.model, sequences) / len(shares)
                 self.accelerator.backward(self.scaler.scale(loss))
             total += loss.detach()
@@ -242,7 +246,9 @@ class _Run:
         self.weights.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for sequences in self._micro_batches(self.validation):
-            total += torch.tensor([float(_loss(self.weights, sequences)) * len(sequences), len(sequences)]).to(total)
+            with multiplying(self.products):
+                loss = float(_loss(self.weights, sequences))
+            total += torch.tensor([loss * len(sequences), len(sequences)]).to(total)
         self.weights.train()
         losses, count = self.accelerator.reduce(total, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
         return losses / count
