@@ -7,17 +7,19 @@ update was lost. Importing this package loads torch and nothing else heavy.
 from collage.kernels import Backend, backends
 from collage.metrics import Audit, audit
 from collage.optim import AdamW, Compensated, Strategy, convert, strategies, to_low_precision
-from collage.storage import Expansion, Kahan, Master, Rounded, Storage
+from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Storage
 from collage.version import __version__
 
 __all__ = [
     "AdamW",
     "Audit",
     "Backend",
+    "Blockwise",
     "Compensated",
     "Expansion",
     "Kahan",
     "Master",
+    "Remainder",
     "Rounded",
     "Storage",
     "Strategy",

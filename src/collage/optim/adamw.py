@@ -71,7 +71,8 @@ class AdamW(Optimizer):
     never written. Weight decay is part of the compensated update.
 
     A gradient that is not finite makes the elements it touches (moments and parameter) not finite, as in torch; the
-    other elements step as usual. Use a loss scaler or a check before the step where that may happen.
+    other elements step as usual. Moments kept in blocks (strategy "compact") are spoiled block by block. Use a loss
+    scaler or a check before the step where that may happen.
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups. A group may set any option below but those
