@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
+# Test processes, with one thread each where a test does not ask for more: two that spin in turn would wait for each other.
+JOBS ?= 2
 
 .PHONY: demo test lint format clean
 
@@ -10,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/collage compare --out $(DEMO_OUT) --resume
 
 test: $(VENV)/.installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

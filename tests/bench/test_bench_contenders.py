@@ -25,10 +25,12 @@ from collage.bench.shapes import ShapeSet, Values
 BF16 = torch.bfloat16
 STRATEGIES = list(collage.strategies())
 SHAPES = ShapeSet("test", "", ((16, 8), (8,)))
+# Rows of whole blocks.
+BLOCKS = ShapeSet("blocks", "", ((32, 128), (4, 16, 128)))
 
 
-def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
-    return Values.of(SHAPES, torch.bfloat16, torch.device("cpu")).parameters(dtype)
+def parameters(dtype: torch.dtype, shapes: ShapeSet = SHAPES) -> list[nn.Parameter]:
+    return Values.of(shapes, torch.bfloat16, torch.device("cpu")).parameters(dtype)
 
 
 @pytest.mark.parametrize(
@@ -59,11 +61,11 @@ def test_the_streams_keep_what_the_strategy_says_it_keeps(name: str) -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_state_bytes_on_the_real_tensors_are_those_of_the_storages(name: str) -> None:
     (contender,) = own_contenders([name], ["eager"], BF16)
-    params = parameters(contender.dtype)
+    params = parameters(contender.dtype, BLOCKS)
     optimizer = contender.build(params)
     optimizer.step()
     kept = collage.strategies()[name].bytes_per_param(BF16, grad=False) - contender.dtype.itemsize
-    assert state_bytes(optimizer) == kept * SHAPES.parameters
+    assert state_bytes(optimizer) == kept * BLOCKS.parameters
 
 
 def test_own_contenders_are_every_strategy_with_every_backend() -> None:
