@@ -45,7 +45,8 @@ const Isa ISAS[] = {
     {"portable", &collage_kernels_portable, [] { return true; }},
 };
 
-// Elements per piece of work: some hundred microseconds, whose components fit the second-level cache.
+// Elements per piece of work, less what is no whole block: some hundred microseconds, whose components fit the
+// second-level cache.
 constexpr int64_t PIECE = 1 << 15;
 
 // numerics/counter.py: the finaliser of splitmix64.
@@ -65,15 +66,15 @@ void keys(uint32_t key[2], uint64_t seed, uint64_t ordinal, uint64_t step, uint6
     key[1] = (uint32_t)(state >> 32);
 }
 
-int64_t pieces_of(int64_t size) { return (size + PIECE - 1) / PIECE; }
-
 struct Work {
     const collage_kernel *kernel;
     const collage_job *job;
-    const int32_t *cells;
+    int64_t piece;       // elements of each
     double *piece_sums;  // [piece][COLLAGE_SUMS], or null
     int64_t elements;
     std::atomic<int64_t> next;
+
+    int64_t pieces_of(int64_t tensor) const { return (job->sizes[tensor] + piece - 1) / piece; }
 };
 
 void run_range(const Work &w, int64_t tensor, int64_t start, int64_t end, double *sums) {
@@ -86,25 +87,26 @@ void run_range(const Work &w, int64_t tensor, int64_t start, int64_t end, double
     r.grad_scale = job.grad_scale;
     r.beta2 = job.beta2;
     r.sums = sums;
-    const int grad_cell = w.cells[w.kernel->parts];
+    r.cell = job.cells;
+    r.elements = job.elements;
+    r.block = job.block;
+    const int grad_cell = job.cells[w.kernel->parts];
     while (start < end) {
         uint64_t index = job.firsts[tensor] + (uint64_t)start;
         uint64_t left = (1ull << 32) - (uint32_t)index;
         r.count = (uint64_t)(end - start) < left ? end - start : (int64_t)left;
         r.index = (uint32_t)index;
-        if (w.kernel->draws)
-            keys(r.key, job.seed, (uint64_t)job.ordinals[tensor], (uint64_t)job.steps[tensor], 0, index >> 32);
-        for (int c = 0; c < w.kernel->parts; c++) {
-            r.cell[c] = w.cells[c];
-            r.part[c] = (char *)job.parts[c * job.count + tensor] + start * w.cells[c];
-        }
+        for (uint64_t word = 0; word < (uint64_t)w.kernel->words; word++)
+            keys(r.key[word], job.seed, (uint64_t)job.ordinals[tensor], (uint64_t)job.steps[tensor], word, index >> 32);
+        for (int c = 0; c < w.kernel->parts; c++)
+            r.part[c] = (char *)job.parts[c * job.count + tensor] + start / job.elements[c] * job.cells[c];
         r.grad = (const char *)job.grads[tensor] + start * grad_cell;
         (sums ? w.kernel->audit : w.kernel->run)(r);
         start += r.count;
     }
 }
 
-// What each thread does: of all tensors laid end to end it takes the next PIECE elements, until none are left, and does the
+// What each thread does: of all tensors laid end to end it takes as many as a piece has, until none are left, and does the
 // pieces that begin there: one of a large tensor, a run of small ones. Threads that took turns at small tensors would
 // fetch each other's: their states are neighbours in memory.
 void take_pieces(void *data) {
@@ -112,10 +114,10 @@ void take_pieces(void *data) {
     const collage_job &job = *w.job;
     int64_t tensor = 0, start = 0, at = 0, piece = 0;  // the piece to look at next, and where it begins in all
     for (;;) {
-        int64_t from = w.next.fetch_add(PIECE, std::memory_order_relaxed);
+        int64_t from = w.next.fetch_add(w.piece, std::memory_order_relaxed);
         if (from >= w.elements) return;
-        while (tensor < job.count && at < from + PIECE) {
-            int64_t left = job.sizes[tensor] - start, count = left < PIECE ? left : PIECE;
+        while (tensor < job.count && at < from + w.piece) {
+            int64_t left = job.sizes[tensor] - start, count = left < w.piece ? left : w.piece;
             double *sums = w.piece_sums ? w.piece_sums + piece * COLLAGE_SUMS : nullptr;
             if (at >= from) run_range(w, tensor, start, start + count, sums);
             piece += count > 0;
@@ -131,7 +133,7 @@ void add_up(const Work &w) {
     for (int64_t tensor = 0; tensor < w.job->count; tensor++) {
         double *sums = w.job->sums + tensor * COLLAGE_SUMS;
         for (int k = 0; k < COLLAGE_SUMS; k++) sums[k] = 0.0;
-        for (int64_t n = pieces_of(w.job->sizes[tensor]); n > 0; n--, piece += COLLAGE_SUMS)
+        for (int64_t n = w.pieces_of(tensor); n > 0; n--, piece += COLLAGE_SUMS)
             for (int k = 0; k < COLLAGE_SUMS; k++) sums[k] += piece[k];
     }
 }
@@ -183,20 +185,19 @@ EXPORT int collage_find(const char *isa, const char *name) {
     return -1;
 }
 
-// One step. `cells`: bytes of an element of each component and, last, of the gradient. Returns 0, or 1 where no memory
-// was left for an audit's sums; nothing has changed then.
-EXPORT int collage_step(const char *isa, int kernel, const int32_t *cells, const collage_job *job) {
-    Work work{&kernels_of(isa)->table[kernel], job, cells, nullptr, 0, {0}};
+// One step. Returns 0, or 1 where no memory was left for an audit's sums; nothing has changed then.
+EXPORT int collage_step(const char *isa, int kernel, const collage_job *job) {
+    Work work{&kernels_of(isa)->table[kernel], job, PIECE - PIECE % job->block, nullptr, 0, {0}};
     int64_t pieces = 0;
     for (int64_t tensor = 0; tensor < job->count; tensor++) {
         work.elements += job->sizes[tensor];
-        pieces += pieces_of(job->sizes[tensor]);
+        pieces += work.pieces_of(tensor);
     }
     if (job->sums) {
         work.piece_sums = (double *)calloc(pieces * COLLAGE_SUMS + 1, sizeof(double));
         if (!work.piece_sums) return 1;
     }
-    run_on(work.elements > PIECE ? job->threads : 1, job->parallel, take_pieces, &work);
+    run_on(work.elements > work.piece ? job->threads : 1, job->parallel, take_pieces, &work);
     if (job->sums) add_up(work);
     free(work.piece_sums);
     return 0;

@@ -1,4 +1,5 @@
-// The three formats: loads, stores, and the roundings of numerics/rounding.py on float32 lanes.
+// The three formats: loads, stores, and the roundings of numerics/rounding.py on float32 lanes; small integers; and
+// the patterns of numerics/remainders.py.
 //
 // A step works on 2 W elements at a time, in two vectors a and b. In `sequential` order a holds the first W of them; in
 // `interleaved` order a holds those of even place, which for 16-bit numbers costs a shift instead of a widening and a
@@ -15,6 +16,89 @@ namespace {
 enum Order { sequential, interleaved };
 
 constexpr uint32_t QUIET_NAN = 0x7fc00000u;
+
+// 16-bit patterns in the high halves of lanes, the low halves 0. A store ignores the low halves of a.
+template <Order order> INLINE void load_high(const void *from, int64_t i, U &a, U &b) {
+    const uint16_t *at = (const uint16_t *)from + i;
+    if constexpr (order == interleaved) {
+        U both = ::load<U>(at);
+        a = both << 16;
+        b = both & 0xffff0000u;
+    } else {
+        a = widen(::load<H>(at)) << 16;
+        b = widen(::load<H>(at + W)) << 16;
+    }
+}
+template <Order order> INLINE void store_high(void *to, int64_t i, U a, U b) {
+    uint16_t *at = (uint16_t *)to + i;
+    if constexpr (order == interleaved) {
+        ::store(at, (a >> 16) | b);
+    } else {
+        ::store(at, narrow(a >> 16));
+        ::store(at + W, narrow(b >> 16));
+    }
+}
+
+// Unsigned integers of 16, 8 or 4 bits, two of the last in a byte.
+template <int bits> struct Integers {
+    static constexpr uint32_t mask = (1u << bits) - 1;
+
+    INLINE uint32_t one(const void *from, int64_t i) {
+        if constexpr (bits == 16) return ((const uint16_t *)from)[i];
+        const uint8_t *bytes = (const uint8_t *)from;
+        return bits == 8 ? bytes[i] : bytes[i / 2] >> i % 2 * 4 & 15;
+    }
+
+    // Of one vector's elements, in the low bits of lanes.
+    template <Order order> INLINE void load(const void *from, int64_t i, U &a, U &b) {
+        const uint8_t *at = (const uint8_t *)from + i * bits / 8;
+        if constexpr (order == interleaved) {
+            U both;
+            if constexpr (bits == 16) both = ::load<U>(at);
+            if constexpr (bits == 8) both = widen(::load<H>(at));
+            if constexpr (bits == 4) both = widen(::load<B>(at));
+            a = both & mask;
+            b = both >> bits;
+        } else if constexpr (bits == 16) {
+            a = widen(::load<H>(at));
+            b = widen(::load<H>(at + 2 * W));
+        } else {
+            B bytes[2];
+            if constexpr (bits == 8) {
+                memcpy(bytes, at, sizeof bytes);
+            } else {
+                H pairs = __builtin_convertvector(::load<B>(at), H);
+                pairs = (pairs | pairs << 4) & 0x0f0f;
+                memcpy(bytes, &pairs, sizeof bytes);
+            }
+            a = widen(bytes[0]);
+            b = widen(bytes[1]);
+        }
+    }
+
+    // Lanes without other bits.
+    template <Order order> INLINE void store(void *to, int64_t i, U a, U b) {
+        uint8_t *at = (uint8_t *)to + i * bits / 8;
+        if constexpr (order == interleaved) {
+            U both = a | b << bits;
+            if constexpr (bits == 16) ::store(at, both);
+            if constexpr (bits == 8) ::store(at, narrow(both));
+            if constexpr (bits == 4) ::store(at, narrow_to_bytes(both));
+        } else if constexpr (bits == 16) {
+            ::store(at, narrow(a));
+            ::store(at + 2 * W, narrow(b));
+        } else {
+            B bytes[2] = {narrow_to_bytes(a), narrow_to_bytes(b)};
+            if constexpr (bits == 8) {
+                memcpy(at, bytes, sizeof bytes);
+            } else {
+                H pairs;
+                memcpy(&pairs, bytes, sizeof bytes);
+                ::store(at, __builtin_convertvector((pairs | pairs >> 4) & 0xff, B));
+            }
+        }
+    }
+};
 
 // Bits of the magnitude from which on a value is unusual.
 constexpr uint32_t TWO_TO_127 = 0x7f000000u, TWO_TO_15 = 0x47000000u;
@@ -35,26 +119,17 @@ struct Bf16 {
     }
 
     template <Order order> INLINE void load(const void *from, int64_t i, F &a, F &b) {
-        const Cell *at = (const Cell *)from + i;
-        if constexpr (order == interleaved) {
-            U both = ::load<U>(at);
-            a = as_float(both << 16);
-            b = as_float(both & 0xffff0000u);
-        } else {
-            a = as_float(widen(::load<H>(at)) << 16);
-            b = as_float(widen(::load<H>(at + W)) << 16);
-        }
+        U high_a, high_b;
+        load_high<order>(from, i, high_a, high_b);
+        a = as_float(high_a);
+        b = as_float(high_b);
     }
 
-    // Numbers of the format in the high halves of lanes; the low halves of b are 0.
-    template <Order order> INLINE void store_high(void *to, int64_t i, U a, U b) {
-        Cell *at = (Cell *)to + i;
-        if constexpr (order == interleaved) {
-            ::store(at, (a >> 16) | b);
-        } else {
-            ::store(at, narrow(a >> 16));
-            ::store(at + W, narrow(b >> 16));
-        }
+    // The float32 of a remainder's pattern, and back: `pattern` of the magnitude x.
+    INLINE F join(U pattern, U sign) { return as_float(pattern | sign); }
+    template <int extra, bool careful> INLINE U pattern(U x, U bits) {
+        if constexpr (careful) x = as_bits(select((I)x > 0x7f800000, as_float(splat(QUIET_NAN)), as_float(x)));
+        return x + (bits >> extra);
     }
 
     // To nearest, in the high half.
@@ -146,6 +221,27 @@ struct Fp16 {
         // The comparison is false for nan, which then passes as it is.
         F chosen = select((I)((u & 0x7fffffffu) < 0x38800000u), subnormal, normal);
         return select(x == x, chosen, x);
+    }
+
+    static constexpr uint32_t REBIAS = 112u << 23;
+
+    INLINE F join(U pattern, U sign) {
+        U normal = (pattern >> 3) + REBIAS;
+        normal += (U)((I)pattern >= 0x7c000000) & REBIAS;
+        F subnormal = __builtin_convertvector((I)pattern, F) * 0x1p-40f;
+        return as_float(as_bits(select((I)pattern >= 0x04000000, as_float(normal), subnormal)) | sign);
+    }
+    template <int extra, bool careful> INLINE U pattern(U x, U bits) {
+        // In the place that the pattern has in a float32; the next to the last line is its largest, infinity.
+        I normal = (I)(x - REBIAS + (bits >> (3 + extra)));
+        U large = as_bits(select(normal > 0x0f800000, as_float(splat(0x0f800000u)), (F)normal)) << 3;
+        large = as_bits(select((I)x > 0x7f800000, as_float(splat(0x7e000000u)), as_float(large)));
+        // Below the smallest normal number in units of the smallest step, of which the first 16 bits decide.
+        F steps = as_float(x) * ((float)(1 << extra) * 0x1p24f);
+        I whole = __builtin_convertvector(steps, I);
+        I part = __builtin_convertvector((steps - __builtin_convertvector(whole, F)) * 65536.0f, I);
+        U small = (U)(whole + ((part + (I)bits) >> 16)) << (16 - extra);
+        return as_bits(select((I)x < 0x38800000, as_float(small), as_float(large)));
     }
 
     template <Order> INLINE void store(void *to, int64_t i, F a, F b) {

@@ -22,6 +22,9 @@ struct collage_job {
     void *const *parts;          // [component][tensor]: param's components, then exp_avg's, then exp_avg_sq's
     const void *const *grads;    // [tensor]
     double *sums;                // [tensor][COLLAGE_SUMS], or null
+    const int32_t *cells;        // [component], then the gradient: bytes of an entry
+    const int32_t *elements;     // [component]: how many elements share an entry
+    int64_t block;               // elements that share entries are of one such block; every tensor is whole blocks
     double beta2;                // of the audit's definition
     uint64_t seed;
     float grad_scale;            // gradients are divided by it where `scaled`
@@ -34,3 +37,5 @@ struct collage_job {
 
 constexpr int COLLAGE_SUMS = 8;
 constexpr int COLLAGE_MAX_PARTS = 8;
+// Of a block of 8-bit codes. The least is a unit of the widest vectors.
+constexpr int COLLAGE_MIN_BLOCK = 32, COLLAGE_MAX_BLOCK = 128;

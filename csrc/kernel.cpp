@@ -40,6 +40,9 @@ template <class Low, class P, class M, class V, class G> struct Step {
     static constexpr bool all_interleaved = P::order == interleaved && M::order == interleaved &&
                                             V::order == interleaved && G::order == interleaved;
     static constexpr Order order = all_interleaved ? interleaved : sequential;
+    // Whether moments are in blocks of codes. A pass is then over one such block.
+    static constexpr bool blocked = M::blocked || V::blocked;
+    static constexpr int max_units = blocked ? COLLAGE_MAX_BLOCK / UNIT : UNITS;
 
     INLINE void gradient(const collage_range &r, int64_t i, F &a, F &b) {
         G::template load<order>(r.grad, i, a, b);
@@ -50,10 +53,11 @@ template <class Low, class P, class M, class V, class G> struct Step {
     }
 
     // The rule on one vector: p, m, v become the new values. Returns the update.
-    INLINE F rule(const collage_scalars &k, F g, F &p, F &m, F &v) {
+    INLINE F rule(const collage_scalars &k, F g, F &p, F &m, F &v, F &root) {
         m = m * k.beta1 + g * k.one_minus_beta1;
         v = v * k.beta2 + g * g * k.one_minus_beta2;
-        F divisor = square_root(v) * k.inverse_bias_correction2_sqrt + k.eps;
+        root = square_root(v);
+        F divisor = root * k.inverse_bias_correction2_sqrt + k.eps;
         F update = m * k.step_size / divisor;
         if (k.decay != 0.0f) update = update - p * k.decay;
         p = p + update;
@@ -67,60 +71,122 @@ template <class Low, class P, class M, class V, class G> struct Step {
     // (llvm-mca, Ice Lake): 88 cycles a unit in one loop, 81 with the block ahead.
     static constexpr bool ahead = W == 16;
     struct Block {
-        Pair p[UNITS], m[UNITS], v[UNITS], update[UNITS];
+        Pair p[max_units], m[max_units], v[max_units], update[max_units];
+        Pair root[V::blocked ? max_units : 1];
+        Shared m_shared, v_shared;
     };
 
+    // Of the bits of magnitudes, and of numbers that should have no sign.
+    struct Largest {
+        U m{}, v{};
+    };
+
+    // Where unit j of a pass begins. The last one of a block of codes begins early enough to be a whole one: some elements
+    // are computed and stored twice, alike, since all loads of a block come before its stores.
+    INLINE int64_t place(const collage_range &r, int j) {
+        int64_t at = (int64_t)j * UNIT;
+        if constexpr (blocked) at = at < r.block - UNIT ? at : r.block - UNIT;
+        return at;
+    }
+    INLINE int units_of_block(const collage_range &r) { return (int)((r.block + UNIT - 1) / UNIT); }
+
     INLINE void compute_unit(const collage_range &r, const collage_scalars &k, void *const *part, int64_t i, int j, Block &x,
-                             Usual<Low> &usual) {
-        Pair g, p, m, v, hi, lo, update;
+                             Usual<Low> &usual, Largest &largest) {
+        Pair g, p, m, v, hi, lo, update, root;
         gradient(r, i, g.a, g.b);
         P::template load<order>(part, i, p.a, p.b, hi, lo);
         M::template load<order>(part + P::parts, i, m.a, m.b, hi, lo);
         V::template load<order>(part + P::parts + M::parts, i, v.a, v.b, hi, lo);
-        update.a = rule(k, g.a, p.a, m.a, v.a);
-        update.b = rule(k, g.b, p.b, m.b, v.b);
+        update.a = rule(k, g.a, p.a, m.a, v.a, root.a);
+        update.b = rule(k, g.b, p.b, m.b, v.b, root.b);
         if constexpr (P::guarded) usual.see(p.a), usual.see(p.b);
         if constexpr (M::guarded) usual.see(m.a), usual.see(m.b);
         if constexpr (V::guarded) usual.see(v.a), usual.see(v.b);
         x.p[j] = p, x.m[j] = m, x.v[j] = v, x.update[j] = update;
+        if constexpr (M::blocked) largest.m = max_bits(largest.m, max_bits(as_bits(magnitude(m.a)), as_bits(magnitude(m.b))));
+        if constexpr (V::blocked) {
+            largest.v = max_bits(largest.v, max_bits(as_bits(v.a), as_bits(v.b)));
+            x.root[j] = root;
+        }
     }
 
-    // `index`: of the unit's elements, the low 32 bits; becomes the next unit's.
+    // `index`: of the unit's elements, the low 32 bits.
     template <bool careful>
-    INLINE void store_unit(const collage_range &r, void *const *part, int64_t i, int j, Draws &index, const Block &x) {
-        Pair hi{}, lo{};
-        Draws p_bits{}, v_bits{};
+    INLINE void store_unit(const collage_range &r, void *const *part, int64_t i, int j, Draws index, const Block &x) {
+        Beside p{}, m{}, v{};
+        Draws p_bits{}, m_bits{}, v_bits{};
         if constexpr (P::draws || V::draws) {
-            U a = random_words(index.a, r.key), b = random_words(index.b, r.key);
+            U a = random_words(index.a, r.key[0]), b = random_words(index.b, r.key[0]);
             p_bits = {a & 0xffffu, b & 0xffffu};
             v_bits = {a >> 16, b >> 16};
-            index.a += (uint32_t)UNIT;
-            index.b += (uint32_t)UNIT;
         }
+        if constexpr (M::draws)
+            m_bits = {random_words(index.a, r.key[1]) & 0xffffu, random_words(index.b, r.key[1]) & 0xffffu};
         if constexpr (P::adds) {
             F a, b;
-            P::template load<order>(part, i, a, b, hi, lo);
+            P::template load<order>(part, i, a, b, p.hi, p.lo);
+            p.update = x.update[j];
         }
-        M::template store<order, careful>(part + P::parts, i, x.m[j].a, x.m[j].b, Pair{}, Pair{}, Pair{}, Draws{});
-        V::template store<order, careful>(part + P::parts + M::parts, i, x.v[j].a, x.v[j].b, Pair{}, Pair{}, Pair{},
-                                          v_bits);
-        P::template store<order, careful>(part, i, x.p[j].a, x.p[j].b, hi, lo, x.update[j], p_bits);
+        if constexpr (M::blocked) m.shared = x.m_shared;
+        if constexpr (V::blocked) v.shared = x.v_shared, v.root = x.root[j];
+        M::template store<order, careful>(part + P::parts, i, x.m[j].a, x.m[j].b, m, m_bits);
+        V::template store<order, careful>(part + P::parts + M::parts, i, x.v[j].a, x.v[j].b, v, v_bits);
+        P::template store<order, careful>(part, i, x.p[j].a, x.p[j].b, p, p_bits);
+    }
+
+    // Makes the scales of a block. Returns whether all are numbers and no new v has a sign.
+    INLINE bool settle(void *const *part, int units, const Largest &largest, Block &x) {
+        bool usual = true;
+        if constexpr (M::blocked) usual = M::settle(part + P::parts, largest_of(largest.m), x.m_shared);
+        if constexpr (V::blocked) {
+            uint32_t v = largest_of(largest.v);
+            if (__builtin_expect(v >> 31, 0)) {
+                U all{};
+                for (int j = 0; j < units; j++)
+                    all = max_bits(all, max_bits(as_bits(magnitude(x.v[j].a)), as_bits(magnitude(x.v[j].b))));
+                v = largest_of(all);
+                usual = false;
+            }
+            usual = V::settle(part + P::parts + M::parts, v, x.v_shared) && usual;
+        }
+        return usual;
     }
 
     // Whether all of the units' new values are usual.
     static bool compute(const collage_range &r, void *const *part, int64_t i, int units, Block &x) {
         const collage_scalars k = *r.scalars;
         Usual<Low> usual;
-        for (int j = 0; j < units; j++) compute_unit(r, k, part, i + j * UNIT, j, x, usual);
-        return guarded && usual.all();
+        Largest largest;
+        for (int j = 0; j < units; j++) compute_unit(r, k, part, i + place(r, j), j, x, usual, largest);
+        bool settled = settle(part, units, largest, x);
+        return (guarded || blocked) && usual.all() && settled;
+    }
+
+    template <bool careful>
+    INLINE void store_units(const collage_range &r, void *const *part, int64_t i, int units, Draws &index, const Block &x) {
+        for (int j = 0; j < units; j++) {
+            if constexpr (blocked) {
+                uint32_t at = (uint32_t)place(r, j);
+                store_unit<careful>(r, part, i + at, j, Draws{index.a + at, index.b + at}, x);
+            } else {
+                store_unit<careful>(r, part, i + j * UNIT, j, index, x);
+                advance(index, UNIT);
+            }
+        }
+        if constexpr (blocked) advance(index, (uint32_t)r.block);
+    }
+
+    INLINE void advance(Draws &index, uint32_t count) {
+        index.a += count;
+        index.b += count;
     }
 
     static void store(const collage_range &r, void *const *part, int64_t i, int units, Draws &index, const Block &x,
                       bool usual) {
         if (usual)
-            for (int j = 0; j < units; j++) store_unit<false>(r, part, i + j * UNIT, j, index, x);
+            store_units<false>(r, part, i, units, index, x);
         else
-            for (int j = 0; j < units; j++) store_unit<true>(r, part, i + j * UNIT, j, index, x);
+            store_units<true>(r, part, i, units, index, x);
     }
 
     // Stores a full block and computes the next full one.
@@ -129,32 +195,63 @@ template <class Low, class P, class M, class V, class G> struct Step {
                                   Block &next) {
         const collage_scalars k = *r.scalars;
         Usual<Low> usual;
+        Largest largest;
         for (int j = 0; j < UNITS; j++) {
-            compute_unit(r, k, part, i + (UNITS + j) * UNIT, j, next, usual);
+            compute_unit(r, k, part, i + (UNITS + j) * UNIT, j, next, usual, largest);
             store_unit<careful>(r, part, i + j * UNIT, j, index, x);
+            advance(index, UNIT);
         }
         return guarded && usual.all();
     }
 
     INLINE Draws indices_from(uint32_t first) { return {lanes_from<order>(first, false), lanes_from<order>(first, true)}; }
 
-    // A unit that the rest of a range does not fill, on copies.
+    // Elements of a unit, or of a block of codes, and the bytes of so many entries.
+    static constexpr int span = blocked ? COLLAGE_MAX_BLOCK : UNIT;
+    INLINE int64_t bytes(const collage_range &r, int c, int64_t count) {
+        return blocked ? count / r.elements[c] * r.cell[c] : count * r.cell[c];
+    }
+
+    // A unit that the rest of a range does not fill, or a block, on copies.
     template <class Do> static void padded(const collage_range &r, int64_t i, int64_t count, Do &&act) {
-        alignas(64) char cells[parts + 1][4 * UNIT] = {};
+        alignas(64) char cells[parts + 1][4 * span] = {};
         void *copies[parts];
         for (int c = 0; c < parts; c++) {
             copies[c] = cells[c];
-            memcpy(cells[c], (char *)r.part[c] + i * r.cell[c], count * r.cell[c]);
+            memcpy(cells[c], (char *)r.part[c] + bytes(r, c, i), bytes(r, c, count));
         }
         memcpy(cells[parts], (const char *)r.grad + i * sizeof(typename G::Cell), count * sizeof(typename G::Cell));
         collage_range copy = r;
         copy.grad = cells[parts];
         copy.index = r.index + (uint32_t)i;
         act(copy, (void *const *)copies);
-        for (int c = 0; c < parts; c++) memcpy((char *)r.part[c] + i * r.cell[c], cells[c], count * r.cell[c]);
+        for (int c = 0; c < parts; c++) memcpy((char *)r.part[c] + bytes(r, c, i), cells[c], bytes(r, c, count));
+    }
+
+    // A block is stored after the next one is computed: by then its scales are there, which take a chain of roots.
+    static void run_blocks(const collage_range &r) {
+        Block blocks[2];
+        void *part[parts];
+        for (int c = 0; c < parts; c++) part[c] = r.part[c];
+        Draws index = indices_from(r.index);
+        const int units = units_of_block(r);
+        int current = 0;
+        bool usual = compute(r, part, 0, units, blocks[0]);
+        for (int64_t i = 0; i < r.count; i += r.block) {
+            bool next = false;
+            if (i + r.block < r.count) {
+                if constexpr (M::blocked) part[P::parts + 1] = (float *)part[P::parts + 1] + 1;
+                if constexpr (V::blocked) part[parts - 1] = (float *)part[parts - 1] + 1;
+                next = compute(r, part, i + r.block, units, blocks[1 - current]);
+            }
+            store(r, part, i, units, index, blocks[current], usual);
+            usual = next;
+            current = 1 - current;
+        }
     }
 
     static void run(const collage_range &r) {
+        if constexpr (blocked) return run_blocks(r);
         Block blocks[2];
         void *part[parts];
         for (int c = 0; c < parts; c++) part[c] = r.part[c];
@@ -189,21 +286,26 @@ template <class Low, class P, class M, class V, class G> struct Step {
     // The same, and the sums of kernels/contract.py from the values that the very step has.
     static void audit(const collage_range &r) {
         Block block;
-        for (int64_t i = 0; i < r.count; i += UNIT) {
-            int count = (int)(r.count - i < UNIT ? r.count - i : UNIT);
+        const int step = blocked ? (int)r.block : UNIT, units = blocked ? units_of_block(r) : 1;
+        for (int64_t i = 0; i < r.count; i += step) {
+            int count = (int)(r.count - i < step ? r.count - i : step);
             padded(r, i, count, [&](const collage_range &copy, void *const *part) {
-                alignas(64) char before[parts][4 * UNIT];
+                alignas(64) char before[parts][4 * span];
                 const void *then[parts];
                 for (int c = 0; c < parts; c++) then[c] = memcpy(before[c], part[c], sizeof before[c]);
                 Draws index = indices_from(copy.index);
-                bool usual = compute(copy, part, 0, 1, block);
-                store(copy, part, 0, 1, index, block, usual);
-                Pair g, u = block.update[0];
-                gradient(copy, 0, g.a, g.b);
-                for (int k = 0; k < count; k++) {
-                    bool in_b = order == interleaved ? k % 2 : k >= W;
-                    int lane = order == interleaved ? k / 2 : k % W;
-                    add_sums(r, part, then, k, (in_b ? u.b : u.a)[lane], (in_b ? g.b : g.a)[lane]);
+                bool usual = compute(copy, part, 0, units, block);
+                store(copy, part, 0, units, index, block, usual);
+                for (int j = 0; j < units; j++) {
+                    const int begin = (int)place(r, j);
+                    Pair g, u = block.update[j];
+                    gradient(copy, begin, g.a, g.b);
+                    for (int k = j * UNIT; k < count && k < (j + 1) * UNIT; k++) {
+                        int n = k - begin;
+                        bool in_b = order == interleaved ? n % 2 : n >= W;
+                        int lane = order == interleaved ? n / 2 : n % W;
+                        add_sums(r, part, then, k, (in_b ? u.b : u.a)[lane], (in_b ? g.b : g.a)[lane]);
+                    }
                 }
             });
         }
@@ -230,7 +332,7 @@ template <class Low, class P, class M, class V, class G> struct Step {
 
 template <class Low, class G, class P, class M, class V> constexpr collage_kernel entry(const char *name) {
     typedef Step<Low, P, M, V, G> S;
-    return {name, S::parts, P::draws || V::draws, S::run, S::audit};
+    return {name, S::parts, M::draws ? 2 : P::draws || V::draws, S::run, S::audit};
 }
 
 // One row per layout: the storages of param, exp_avg, exp_avg_sq.
@@ -243,7 +345,21 @@ template <class Low, class G, class P, class M, class V> constexpr collage_kerne
     ROW(LOW, GRAD, low "/expansion-stochastic/nearest/nearest/" grad, ES(LOW), RN(LOW), RN(LOW)),                  \
     ROW(LOW, GRAD, low "/expansion-stochastic/nearest/expansion-stochastic/" grad, ES(LOW), RN(LOW), ES(LOW)),     \
     ROW(LOW, GRAD, low "/nearest/fp32/fp32/" grad, RN(LOW), RN(Fp32), RN(Fp32)),                                   \
-    ROW(LOW, GRAD, low "/master/fp32/fp32/" grad, MS(LOW), RN(Fp32), RN(Fp32))
+    ROW(LOW, GRAD, low "/master/fp32/fp32/" grad, MS(LOW), RN(Fp32), RN(Fp32)),                                    \
+    ROW(LOW, GRAD, low "/nearest/softsign/root4/" grad, RN(LOW), Q(Softsign, false), Q(Root4, false)),             \
+    ROW(LOW, GRAD, low "/remainder4-stochastic/softsign-stochastic/root4-stochastic/" grad,                        \
+        REM(LOW, 4, true), Q(Softsign, true), Q(Root4, true)),                                                     \
+    ROW(LOW, GRAD, low "/remainder8-stochastic/softsign-stochastic/root4-stochastic/" grad,                        \
+        REM(LOW, 8, true), Q(Softsign, true), Q(Root4, true))
+#define BF16_LAYOUTS(GRAD, grad)                                                                                   \
+    ROW(Bf16, GRAD, "bf16/expansion-stochastic/fp32/fp32/" grad, ES(Bf16), RN(Fp32), RN(Fp32)),                    \
+    ROW(Bf16, GRAD, "bf16/remainder16/fp32/fp32/" grad, REM(Bf16, 16, false), RN(Fp32), RN(Fp32)),                 \
+    ROW(Bf16, GRAD, "bf16/remainder16/nearest/expansion-stochastic/" grad,                                         \
+        REM(Bf16, 16, false), RN(Bf16), ES(Bf16))
+#define FP16_LAYOUTS(GRAD, grad)                                                                                   \
+    ROW(Fp16, GRAD, "fp16/expansion-scaled-stochastic/fp32/fp32/" grad, SCALED, RN(Fp32), RN(Fp32)),               \
+    ROW(Fp16, GRAD, "fp16/expansion-scaled-stochastic/bf16/bf16-expansion-stochastic/" grad,                       \
+        SCALED, RN(Bf16), ES(Bf16))
 #define ROW(LOW, GRAD, name, ...) entry<LOW, GRAD, __VA_ARGS__>(name)
 #define RN(X) Rounded<X, false>
 #define SR(X) Rounded<X, true>
@@ -251,12 +367,19 @@ template <class Low, class G, class P, class M, class V> constexpr collage_kerne
 #define EN(X) Expansion<X, false>
 #define ES(X) Expansion<X, true>
 #define MS(X) Master<X>
+#define SCALED Expansion<Fp16, true, 2048>
+#define REM(X, ...) Remainder<X, __VA_ARGS__>
+#define Q(...) Blockwise<__VA_ARGS__>
 
 const collage_kernel KERNELS[] = {
     LAYOUTS(Bf16, Bf16, "bf16", "own"),
     LAYOUTS(Bf16, Fp32, "bf16", "fp32"),
     LAYOUTS(Fp16, Fp16, "fp16", "own"),
     LAYOUTS(Fp16, Fp32, "fp16", "fp32"),
+    BF16_LAYOUTS(Bf16, "own"),
+    BF16_LAYOUTS(Fp32, "fp32"),
+    FP16_LAYOUTS(Fp16, "own"),
+    FP16_LAYOUTS(Fp32, "fp32"),
     ROW(Fp32, Fp32, "fp32/nearest/nearest/nearest/own", RN(Fp32), RN(Fp32), RN(Fp32)),
 };
 

@@ -6,11 +6,12 @@
 // A range of one tensor, in which element indices do not pass a multiple of 2^32.
 struct collage_range {
     void *part[COLLAGE_MAX_PARTS];
-    int32_t cell[COLLAGE_MAX_PARTS];  // bytes of an element of each
+    const int32_t *cell, *elements;  // of each part: bytes of an entry, and elements that share one
+    int64_t block;
     const void *grad;
     int64_t count;
     uint32_t index;   // of the first element, low half
-    uint32_t key[2];  // of the random words of param and exp_avg_sq
+    uint32_t key[2][2];  // of the random words of param and exp_avg_sq, and of exp_avg
     const collage_scalars *scalars;
     bool special;  // scaled or maximize
     bool scaled, maximize;
@@ -22,7 +23,7 @@ struct collage_range {
 struct collage_kernel {
     const char *name;
     int parts;
-    bool draws;
+    int words;  // 32-bit random words of an element
     void (*run)(const collage_range &);
     void (*audit)(const collage_range &);
 };

@@ -5,6 +5,7 @@
 //   parts       how many components
 //   draws       whether a store takes random bits
 //   adds        whether a store wants the components as they were, and the update, in place of the new value
+//   blocked     whether elements share a scale, block by block: then `settle` makes it from the largest magnitude
 //   guarded     whether `store` has a plain form for usual values beside the careful one for any
 //   order       in which its components are best loaded
 //   load        the values of 2 W elements, and their components
@@ -23,6 +24,16 @@ struct Pair {
 struct Draws {
     U a, b;
 };
+// What a block of 8-bit codes has in common.
+struct Shared {
+    F scale, factor;
+};
+// What a store may want beside the new values.
+struct Beside {
+    Pair hi, lo, update;  // of a storage that adds
+    Pair root;            // the new values' square roots, for exp_avg_sq where all of the block are usual
+    Shared shared;
+};
 
 // Collects whether all values are usual: finite, and of a magnitude at which no component, residual or sum that a
 // storage makes of them overflows. Units with unusual ones take the careful path.
@@ -35,7 +46,7 @@ template <class Format> struct Usual {
 
 template <class Format, bool stochastic> struct Rounded {
     static constexpr int parts = 1;
-    static constexpr bool draws = stochastic, adds = false;
+    static constexpr bool draws = stochastic, adds = false, blocked = false;
     static constexpr bool guarded = !stochastic && Format::guarded;
     static constexpr Order order = Format::order;
 
@@ -43,7 +54,7 @@ template <class Format, bool stochastic> struct Rounded {
         Format::template load<order>(part[0], i, a, b);
     }
     template <Order order, bool careful>
-    INLINE void store(void *const *part, int64_t i, F a, F b, Pair, Pair, Pair, Draws bits) {
+    INLINE void store(void *const *part, int64_t i, F a, F b, const Beside &, Draws bits) {
         if constexpr (stochastic)
             Format::template store<order>(part[0], i, Format::template round_stochastic<true>(a, bits.a),
                                           Format::template round_stochastic<true>(b, bits.b));
@@ -56,34 +67,39 @@ template <class Format, bool stochastic> struct Rounded {
     }
 };
 
-template <class Format, bool stochastic> struct Expansion {
+// lo is kept times `factor`, a power of two.
+template <class Format, bool stochastic, int factor = 1> struct Expansion {
     static constexpr int parts = 2;
-    static constexpr bool draws = stochastic, adds = false;
+    static constexpr bool draws = stochastic, adds = false, blocked = false;
     static constexpr bool guarded = true;
     static constexpr Order order = Format::order;
 
     template <Order order> INLINE void load(void *const *part, int64_t i, F &a, F &b, Pair &hi, Pair &lo) {
         Format::template load<order>(part[0], i, hi.a, hi.b);
         Format::template load<order>(part[1], i, lo.a, lo.b);
-        a = lo.a + hi.a;
-        b = lo.b + hi.b;
+        a = unscaled(lo.a) + hi.a;
+        b = unscaled(lo.b) + hi.b;
     }
+    INLINE F scaled(F x) { return factor == 1 ? x : x * (float)factor; }
+    INLINE F unscaled(F x) { return factor == 1 ? x : x * (1.0f / factor); }
     template <bool careful> INLINE void split(F x, U bits, F &hi, F &lo) {
         hi = Format::template round<careful>(x);
         F rest = x - hi;
         if constexpr (careful) rest = finite_or_zero(rest);
+        rest = scaled(rest);
         if constexpr (stochastic)
             lo = Format::template round_stochastic<careful>(rest, bits);
         else
             lo = Format::template round<careful>(rest);
         // Splitting the rounded sum again settles the ties of hi that rounding lo made.
-        F total = lo + hi;
+        F total = unscaled(lo) + hi;
         hi = Format::template round<careful>(total);
         lo = total - hi;
         if constexpr (careful) lo = finite_or_zero(lo);
+        lo = scaled(lo);
     }
     template <Order order, bool careful>
-    INLINE void store(void *const *part, int64_t i, F a, F b, Pair, Pair, Pair, Draws bits) {
+    INLINE void store(void *const *part, int64_t i, F a, F b, const Beside &, Draws bits) {
         F hi_a, lo_a, hi_b, lo_b;
         split<careful>(a, bits.a, hi_a, lo_a);
         split<careful>(b, bits.b, hi_b, lo_b);
@@ -91,18 +107,18 @@ template <class Format, bool stochastic> struct Expansion {
         Format::template store<order>(part[1], i, lo_a, lo_b);
     }
     INLINE double exact(const void *const *part, int64_t i) {
-        return Format::number(part[1], i) + Format::number(part[0], i);
+        return Format::number(part[1], i) / factor + Format::number(part[0], i);
     }
     INLINE double moved(const void *const *now, const void *const *then, int64_t i) {
         double low = Format::number(now[1], i) - Format::number(then[1], i);
-        return low + (Format::number(now[0], i) - Format::number(then[0], i));
+        return low / factor + (Format::number(now[0], i) - Format::number(then[0], i));
     }
 };
 
 template <class Format> struct Kahan {
     typedef Expansion<Format, false> Sum;
     static constexpr int parts = 2;
-    static constexpr bool draws = false, adds = true;
+    static constexpr bool draws = false, adds = true, blocked = false;
     static constexpr bool guarded = false;
     static constexpr Order order = Format::order;
 
@@ -116,9 +132,10 @@ template <class Format> struct Kahan {
         hi = sum;
     }
     template <Order order, bool careful>
-    INLINE void store(void *const *part, int64_t i, F, F, Pair hi, Pair lo, Pair update, Draws) {
-        add(hi.a, lo.a, update.a);
-        add(hi.b, lo.b, update.b);
+    INLINE void store(void *const *part, int64_t i, F, F, const Beside &beside, Draws) {
+        Pair hi = beside.hi, lo = beside.lo;
+        add(hi.a, lo.a, beside.update.a);
+        add(hi.b, lo.b, beside.update.b);
         Format::template store<order>(part[0], i, hi.a, hi.b);
         Format::template store_rounded<order, true>(part[1], i, lo.a, lo.b);
     }
@@ -130,7 +147,7 @@ template <class Format> struct Kahan {
 
 template <class Format> struct Master {
     static constexpr int parts = 2;
-    static constexpr bool draws = false, adds = false;
+    static constexpr bool draws = false, adds = false, blocked = false;
     static constexpr bool guarded = Format::guarded;
     static constexpr Order order = sequential;
 
@@ -138,11 +155,150 @@ template <class Format> struct Master {
         Fp32::load<order>(part[1], i, a, b);
     }
     template <Order order, bool careful>
-    INLINE void store(void *const *part, int64_t i, F a, F b, Pair, Pair, Pair, Draws) {
+    INLINE void store(void *const *part, int64_t i, F a, F b, const Beside &, Draws) {
         Fp32::store<order>(part[1], i, a, b);
         Format::template store_rounded<order, careful>(part[0], i, a, b);
     }
     INLINE double exact(const void *const *part, int64_t i) { return Fp32::number(part[1], i); }
+    INLINE double moved(const void *const *now, const void *const *then, int64_t i) {
+        return exact(now, i) - exact(then, i);
+    }
+};
+
+// The pattern of a number with `extra` more bits than the format has; the format's own part of it, rounded to nearest,
+// and the bits behind it, which count from that part and so are an integer of both signs.
+template <class Format, int extra, bool stochastic> struct Remainder {
+    typedef Integers<extra> Rest;
+    static constexpr int parts = 2;
+    static constexpr bool draws = stochastic, adds = false, blocked = false;
+    static constexpr bool guarded = Format::guarded;
+    static constexpr Order order = Format::order;
+
+    // hi in the high half.
+    INLINE F join(U hi, U rest) {
+        I pattern = (I)((hi & 0x7fff0000u) + ((rest << (16 - extra) ^ 0x8000u) - 0x8000u)), below = pattern >> 31;
+        return Format::join((U)((pattern ^ below) - below), (hi ^ (U)pattern) & 0x80000000u);
+    }
+    template <Order order> INLINE void load(void *const *part, int64_t i, F &a, F &b, Pair &, Pair &) {
+        Draws hi, rest;
+        load_high<order>(part[0], i, hi.a, hi.b);
+        Rest::template load<order>(part[1], i, rest.a, rest.b);
+        a = join(hi.a, rest.a);
+        b = join(hi.b, rest.b);
+    }
+    template <bool careful> INLINE void split(F x, U bits, U &hi, U &rest) {
+        if constexpr (!stochastic) bits = U{};
+        U pattern = Format::template pattern<extra, careful>(as_bits(magnitude(x)), bits);
+        hi = ((pattern + 0x8000u) & 0xffff0000u) | (as_bits(x) & 0x80000000u);
+        rest = pattern >> (16 - extra) & Rest::mask;
+    }
+    template <Order order, bool careful>
+    INLINE void store(void *const *part, int64_t i, F a, F b, const Beside &, Draws bits) {
+        Draws hi, rest;
+        split<careful>(a, bits.a, hi.a, rest.a);
+        split<careful>(b, bits.b, hi.b, rest.b);
+        store_high<order>(part[0], i, hi.a, hi.b);
+        Rest::template store<order>(part[1], i, rest.a, rest.b);
+    }
+    INLINE double exact(const void *const *part, int64_t i) {
+        return join(splat((uint32_t)((const uint16_t *)part[0])[i] << 16), splat(Rest::one(part[1], i)))[0];
+    }
+    INLINE double moved(const void *const *now, const void *const *then, int64_t i) {
+        return exact(now, i) - exact(then, i);
+    }
+};
+
+// The two spacings of 8-bit codes. `place`: of a magnitude among the codes.
+struct Softsign {
+    static constexpr float smallest = 0x1p-118f;
+    static constexpr uint32_t too_large = TWO_TO_127;
+
+    INLINE F decode(U code) {
+        // Codes and 254 times 2^24, which spares a shift.
+        F x = __builtin_convertvector((I)(code << 24), F);
+        return x / (0x1.fcp31f - magnitude(x));
+    }
+    INLINE Shared shared(float scale) { return {splat(scale), F{}}; }
+    template <bool> INLINE F place(F x, F, const Shared &shared) {
+        F size = magnitude(x);
+        return size / (size + shared.scale) * 254.0f;
+    }
+    // With the number's sign.
+    INLINE U finish(U code, F x) {
+        U sign = (U)((I)as_bits(x) >> 31);
+        return ((code ^ sign) - sign) & 0xffu;
+    }
+};
+
+struct Root4 {
+    static constexpr float smallest = 0x1p-94f;
+    static constexpr uint32_t too_large = 0x7f800000u;
+
+    INLINE F decode(U code) {
+        F x = __builtin_convertvector((I)code, F) * 0x1.010102p-8f;
+        x = x * x;
+        return x * x;
+    }
+    INLINE Shared shared(float scale) {
+        return {splat(scale), splat(255.0f) / square_root(square_root(splat(scale)))};
+    }
+    template <bool careful> INLINE F place(F x, F root, const Shared &shared) {
+        if constexpr (careful) root = square_root(magnitude(x));
+        return square_root(root) * shared.factor;
+    }
+    // No positive number has the code 0.
+    INLINE U finish(U code, F x) { return max_bits(code, (U)(x > 0.0f) & 1u); }
+};
+
+// Codes and their block's scale. The part of the scales begins with that of the block at hand.
+template <class Code, bool stochastic> struct Blockwise {
+    typedef Integers<8> Codes;
+    static constexpr int parts = 2;
+    static constexpr bool draws = stochastic, adds = false, blocked = true;
+    static constexpr bool guarded = false;
+    static constexpr Order order = interleaved;
+
+    template <Order order> INLINE void load(void *const *part, int64_t i, F &a, F &b, Pair &, Pair &) {
+        U code_a, code_b;
+        Codes::template load<order>(part[0], i, code_a, code_b);
+        F scale = splat(*(const float *)part[1]);
+        a = Code::decode(code_a) * scale;
+        b = Code::decode(code_b) * scale;
+    }
+    // Stores the scale for new values whose largest magnitude is that with these bits. Returns whether it is a number.
+    INLINE bool settle(void *const *part, uint32_t largest, Shared &shared) {
+        const uint32_t bits = largest >= Code::too_large ? QUIET_NAN : largest;
+        float scale;
+        memcpy(&scale, &bits, sizeof scale);
+        if (scale < Code::smallest) scale = Code::smallest;
+        *(float *)part[1] = scale;
+        shared = Code::shared(scale);
+        return largest < Code::too_large;
+    }
+    template <bool careful> INLINE U encode(F x, F root, const Shared &shared, U bits) {
+        // At most 127 or 255, or a unit of the last bit more, which the snap takes away.
+        F place = Code::template place<careful>(x, root, shared);
+        // Rounded to nearest by a sum whose last bit is 1.
+        F sum = place + 0x1p23f, near = sum - 0x1p23f;
+        U code = as_bits(sum) & 0xffu;
+        if constexpr (stochastic) {
+            F share = as_float(bits << 7 | 0x3f800000u) - 1.0f;
+            U drawn = (U)__builtin_convertvector(place + share, I);
+            U is_near = (U)(magnitude(place - near) <= near * 0x1p-20f);
+            code = (is_near & code) | (~is_near & drawn);
+        }
+        code = Code::finish(code, x);
+        if constexpr (careful) code &= (U)(place == place);
+        return code;
+    }
+    template <Order order, bool careful>
+    INLINE void store(void *const *part, int64_t i, F a, F b, const Beside &beside, Draws bits) {
+        Codes::template store<order>(part[0], i, encode<careful>(a, beside.root.a, beside.shared, bits.a),
+                                     encode<careful>(b, beside.root.b, beside.shared, bits.b));
+    }
+    INLINE double exact(const void *const *part, int64_t i) {
+        return Code::decode(splat(Codes::one(part[0], i)))[0] * *(const float *)part[1];
+    }
     INLINE double moved(const void *const *now, const void *const *then, int64_t i) {
         return exact(now, i) - exact(then, i);
     }

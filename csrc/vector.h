@@ -26,6 +26,7 @@ typedef float F __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
+typedef uint8_t B __attribute__((vector_size(W)));
 
 INLINE F splat(float x) { return x - F{}; }
 INLINE U splat(uint32_t x) { return x - U{}; }
@@ -53,6 +54,16 @@ INLINE U widen(H x) {
 #endif
 }
 
+INLINE U widen(B x) {
+#if COLLAGE_LANES == 16 && defined(__AVX512F__)
+    return (U)_mm512_cvtepu8_epi32((__m128i)x);
+#elif COLLAGE_LANES == 8 && defined(__AVX2__)
+    return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&x));
+#else
+    return __builtin_convertvector(x, U);
+#endif
+}
+
 // The low halves of 32-bit lanes whose high halves are zero.
 INLINE H narrow(U x) {
 #if COLLAGE_LANES == 16 && defined(__AVX512F__)
@@ -65,6 +76,19 @@ INLINE H narrow(U x) {
 #endif
 }
 
+// The low bytes of 32-bit lanes whose other bytes are zero.
+INLINE B narrow_to_bytes(U x) {
+#if COLLAGE_LANES == 16 && defined(__AVX512F__)
+    return (B)_mm512_cvtepi32_epi8((__m512i)x);
+#elif COLLAGE_LANES == 8 && defined(__AVX2__)
+    __m128i half = (__m128i)narrow(x);
+    half = _mm_packus_epi16(half, half);
+    return load<B>(&half);
+#else
+    return __builtin_convertvector(x, B);
+#endif
+}
+
 INLINE U max_bits(U a, U b) {
 #if COLLAGE_LANES == 16 && defined(__AVX512F__)
     return (U)_mm512_max_epu32((__m512i)a, (__m512i)b);
@@ -73,6 +97,22 @@ INLINE U max_bits(U a, U b) {
 #else
     U m = (U)(a > b);
     return (m & a) | (~m & b);
+#endif
+}
+
+// The largest lane, as unsigned numbers.
+INLINE uint32_t largest_of(U x) {
+#if COLLAGE_LANES == 16 && defined(__AVX512F__)
+    return _mm512_reduce_max_epu32((__m512i)x);
+#elif COLLAGE_LANES == 8 && defined(__AVX2__)
+    __m256i v = (__m256i)x;
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1)));
+#else
+    uint32_t found = 0;
+    for (int i = 0; i < W; i++) found = x[i] > found ? x[i] : found;
+    return found;
 #endif
 }
 

@@ -34,6 +34,15 @@ def dtype_of(strategy: str) -> torch.dtype:
     return next(served, torch.float32)
 
 
+def keeps(strategy: str, dtype: torch.dtype) -> bool:
+    """Whether a strategy keeps parameters of this low-precision dtype."""
+    try:
+        collage.strategies()[strategy].layout(dtype)
+    except ValueError:
+        return False
+    return True
+
+
 def values(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat16, spread: float = 0.05) -> Tensor:
     """Normal values that depend on nothing but the arguments."""
     generator = torch.Generator().manual_seed(seed)
@@ -66,12 +75,39 @@ def assert_same(one: Any, other: Any) -> None:
     assert not wrong, f"bits differ in {wrong}"
 
 
+def any_rows(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+    """:func:`any_bits` in rows of several kinds, since one number can spoil a block: anything, 2**-30 to 2**30, a
+    magnitude of the row's own from 2**-150 to 2**150, ordinary values, zeros, few other than zero."""
+    found = any_bits(shape, seed, dtype)
+    if not dtype.is_floating_point or len(shape) < 2:
+        return found
+    generator = torch.Generator().manual_seed(seed + 1)
+    column = (shape[0], *[1] * (len(shape) - 1))
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+    within, between = (torch.rand(size, generator=generator, dtype=torch.float64) - 0.5 for size in (shape, column))
+    few = torch.rand(shape, generator=generator, dtype=torch.float64) < 0.05
+    kinds = [
+        normal * torch.exp2(60 * within),
+        normal * torch.exp2(300 * between),
+        normal * 0.05,
+        normal * 0,
+        normal * few,
+    ]
+    row = torch.arange(shape[0]).view(column) % (len(kinds) + 1)
+    for number, kind in enumerate(kinds):
+        found = torch.where(row == number, kind.to(dtype), found)
+    return found
+
+
 def any_bits(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
-    """Half random bit patterns (infinities, nans, subnormals, everything), half ordinary values, some zeros."""
+    """Half random bit patterns (infinities, nans, subnormals, everything), half ordinary values, some zeros. Of a dtype
+    of integers random ones alone."""
     generator = torch.Generator().manual_seed(seed)
-    integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize] if dtype.is_floating_point else dtype
     limits = torch.iinfo(integers)
     raw = torch.randint(limits.min, limits.max + 1, shape, generator=generator, dtype=torch.int64).to(integers)
+    if not dtype.is_floating_point:
+        return raw
     ordinary = (torch.randn(shape, generator=generator, dtype=torch.float64) * 0.05).to(dtype)
     kind = torch.rand(shape, generator=generator, dtype=torch.float64)
     mixed = torch.where(kind < 0.5, raw.view(dtype), ordinary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,17 @@ import collage
 from collage import kernels
 from collage.kernels import Batch, Hyper, Inputs, native
 from collage.optim import StepRow
-from comparing import LOW, STRATEGIES, any_bits, assert_same, bits, values
+from collage.storage import Blockwise, Remainder
+from comparing import LOW, STRATEGIES, any_bits, any_rows, assert_same, bits, keeps, values
 
 needs_library = pytest.mark.skipif(bool(native.unavailable()), reason=f"no native kernels: {native.unavailable()}")
 ISAS = native.instruction_sets() or ("none",)
 # Lengths around the widths of vectors, more than one piece of work, and none at all.
 SHAPES = [(), (0,), (1,), (7,), (8,), (15,), (31,), (33,), (64,), (5, 13), (1000,), (40_009,)]
-CASES = [(name, torch.bfloat16) for name in LOW] + [(name, torch.float16) for name in LOW] + [("fp32", torch.float32)]
+HALVES = [case for case in itertools.product(LOW, (torch.bfloat16, torch.float16)) if keeps(*case)]
+CASES = [*HALVES, ("fp32", torch.float32)]
+# In blocks of 128, 122, 96, 100 and 32 codes, and of 32 and 34 by a hair; the last two have no blocks.
+ROWS = [(48, 256), (12, 976), (50, 480), (60, 100), (132, 32), (124, 34), (31,), (33, 3)]
 
 
 @pytest.fixture
@@ -106,14 +111,112 @@ def test_options_step_as_in_the_eager_definition(strategy: str, dtype: torch.dty
         )
 
 
+def any_batch(strategy: str, dtype: torch.dtype, shape: tuple[int, ...], firsts: Sequence[int]) -> Batch:
+    """Parameters and states of any bits: the first as they come, the others with scales as a store leaves them."""
+    layout = collage.strategies()[strategy].layout(dtype, torch.Size(shape))
+    params = [any_rows(shape, 7 + i, dtype) for i in range(len(firsts))]
+    states = []
+    for i in range(len(firsts)):
+        components = layout.components(dtype).items()
+        state = {name: any_rows(each.shape(torch.Size(shape)), 31 * i, each.dtype) for name, each in components}
+        for name, tensor in state.items():
+            if i and name.endswith("_scale"):
+                state[name] = any_rows(tuple(tensor.shape), 31 * i + 2, torch.float32).abs().clamp(2.0**-94)
+        states.append(state)
+    steps = torch.tensor([0.0, 5.0, 5.0][: len(firsts)])
+    return Batch(layout, "fp32", 2**63 + 5, params, states, steps, [3, 4, 9][: len(firsts)], firsts)
+
+
+def assert_steps_as_eager(isa: str, strategy: str, dtype: torch.dtype, shape: tuple[int, ...], **options: Any) -> None:
+    """Two steps on gradients of any bits and one on ordinary ones, with ``options`` that are fields of Inputs."""
+    grad_dtype, firsts = options.pop("grad_dtype", dtype), options.pop("firsts", [0, 0])
+    hyper = options.pop("hyper", Hyper(1e-2, 0.9, 0.95, 1e-8, 0.1))
+    mine, eager = (any_batch(strategy, dtype, shape, firsts) for _ in range(2))
+    assert native.serves(mine.layout, dtype)
+    for step in range(3):
+        make = any_rows if step < 2 else values
+        inputs = Inputs(hyper, [make(shape, 10 * step + i, grad_dtype) for i in range(len(firsts))], **options)
+        with native.using(isa):
+            sums = kernels.step(mine, inputs, "native")
+        wanted = kernels.step(eager, inputs, "eager")
+        for one, other in ((mine.params, eager.params), ([mine.steps], [eager.steps])):
+            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(one, other, strict=True))
+        for a, b in zip(mine.states, eager.states, strict=True):
+            assert [name for name in a if not torch.equal(bits(a[name]), bits(b[name]))] == []
+        if sums is not None and wanted is not None:
+            assert torch.equal(sums[:, 3:], wanted[:, 3:])
+            assert sums.isnan().equal(wanted.isnan())
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("strategy", "dtype"), HALVES, ids=lambda case: str(case).removeprefix("torch."))
+def test_any_state_steps_as_in_the_eager_definition(strategy: str, dtype: torch.dtype, isa: str) -> None:
+    for shape, grad_dtype in itertools.product(ROWS, {dtype, torch.float32}):
+        assert_steps_as_eager(isa, strategy, dtype, shape, grad_dtype=grad_dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("strategy", "dtype"), HALVES, ids=lambda case: str(case).removeprefix("torch."))
+def test_any_state_is_audited_unscaled_and_maximised_as_in_the_eager_definition(
+    strategy: str, dtype: torch.dtype, isa: str
+) -> None:
+    for shape in ROWS:
+        assert_steps_as_eager(isa, strategy, dtype, shape, audit=True)
+        hyper = Hyper(3.0, 0.5, 0.5, 0.0, 0.0, maximize=True)
+        assert_steps_as_eager(isa, strategy, dtype, shape, hyper=hyper, grad_scale=torch.tensor(3.0), audit=True)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("strategy", ["compact", "compact-4bit"])
+def test_random_bits_of_blocks_are_those_of_the_whole_parameters_elements_across_32_bits_too(
+    strategy: str, isa: str
+) -> None:
+    for shape, block in (((48, 256), 128), ((132, 32), 32)):
+        assert_steps_as_eager(isa, strategy, torch.bfloat16, shape, firsts=[0, 2**32 - 3 * block, 7 * 2**33 + block])
+
+
+@needs_library
+@pytest.mark.parametrize("strategy", ["exact", "compact", "compact-4bit", "naive-8bit"])
+def test_pieces_of_many_threads_are_whole_blocks(strategy: str) -> None:
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for shape in ((90, 976), (300, 256)):
+            assert_steps_as_eager(native.instruction_sets()[0], strategy, torch.bfloat16, shape, audit=True)
+
+
+@needs_library
+def test_moments_in_blocks_that_the_kernels_do_not_know_are_left_to_the_eager_step() -> None:
+    layout = collage.strategies()["compact"].layout(torch.bfloat16)
+    assert native.serves(layout, torch.bfloat16)
+    for block in (16, 256):
+        other = replace(layout, exp_avg=Blockwise("softsign", block), exp_avg_sq=Blockwise("root4", block))
+        assert not native.serves(other, torch.bfloat16)
+    assert not native.serves(replace(layout, exp_avg=Blockwise("softsign", 64)), torch.bfloat16)
+    nearest = replace(layout, param=Remainder(8))
+    assert not native.serves(nearest, torch.bfloat16)
+    assert kernels.choose(nearest, "fp32", torch.bfloat16, torch.device("cpu"), None) == "eager"
+
+
 def all_of(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("strategy", ["plain", "stochastic", "plus", "plus-nearest", "kahan"])
+@pytest.mark.parametrize(
+    ("strategy", "dtype"),
+    [
+        *itertools.product(
+            ["plain", "stochastic", "plus", "plus-nearest", "kahan", "compact"], [torch.bfloat16, torch.float16]
+        ),
+        ("exact", torch.bfloat16),
+        ("fp16", torch.float16),
+    ],
+    ids=lambda case: str(case).removeprefix("torch."),
+)
 def test_every_number_of_the_format_as_parameter_and_as_gradient(strategy: str, dtype: torch.dtype, isa: str) -> None:
     found = []
     for backend in ("native", "eager"):
@@ -130,8 +233,8 @@ def test_every_number_of_the_format_as_parameter_and_as_gradient(strategy: str, 
 def batch(firsts: list[int], size: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Batch, list[Tensor]]:
     layout = collage.strategies()["plus"].layout(dtype)
     params = [values((size,), seed + i, dtype) for i in range(len(firsts))]
-    names = layout.state_names(dtype)
-    states = [{name: torch.zeros(size, dtype=each) for name, each in names.items()} for _ in params]
+    components = layout.components(dtype)
+    states = [{name: torch.zeros(size, dtype=each.dtype) for name, each in components.items()} for _ in params]
     steps = torch.arange(len(firsts), dtype=torch.float32)
     made = Batch(layout, "fp32", seed, params, states, steps, [5 * i for i in range(len(firsts))], firsts)
     return made, [values((size,), 50 + seed + i, dtype) for i in range(len(firsts))]
@@ -193,7 +296,8 @@ def test_audited_sums_are_the_eager_ones_and_the_step_has_the_same_bits(
 ) -> None:
     found = []
     for backend in ("native", "eager"):
-        params = [nn.Parameter(values((size,), size, dtype)) for size in (1, 37, 40_009)]
+        shapes = [(1,), (37,), (40_009,), (300, 244)]
+        params = [nn.Parameter(values(shape, i, dtype)) for i, shape in enumerate(shapes)]
         opt = collage.AdamW(params, lr=1e-4, weight_decay=0.1, strategy=strategy, backend=backend)
         keeper = Keeper()
         opt.add_observer(keeper)
@@ -228,8 +332,11 @@ def test_sums_of_values_that_are_not_finite_count_as_in_the_eager_definition() -
 
 @needs_library
 def test_every_strategy_is_served_in_every_format() -> None:
-    for strategy, dtype in itertools.product(LOW, (torch.bfloat16, torch.float16)):
+    assert {name for name, _ in HALVES} == set(LOW)
+    for strategy, dtype in HALVES:
         assert native.serves(collage.strategies()[strategy].layout(dtype), dtype)
+        for shape in ROWS:
+            assert native.serves(collage.strategies()[strategy].layout(dtype, torch.Size(shape)), dtype)
     assert all(native.serves(collage.strategies()[name].layout(torch.float32), torch.float32) for name in STRATEGIES)
 
 

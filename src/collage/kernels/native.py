@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from collage.kernels.contract import ROLES, SUMS, Batch, Inputs, Layout, Scalars
-from collage.numerics import FP32, format_of
-from collage.storage import Expansion, Kahan, Master, Rounded, Storage
+from collage.numerics import FP16, format_of
+from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Storage
 
 # The columns of a row of scalars in csrc/job.h.
 _SCALARS = tuple(field.name for field in fields(Scalars) if field.name != "bias_correction2_sqrt")
+# COLLAGE_MIN_BLOCK and COLLAGE_MAX_BLOCK of csrc/job.h.
+_LEAST_BLOCK, _LARGEST_BLOCK = 32, 128
 # Runtimes of OpenMP that torch may have loaded; each has the entry point that compilers call.
 _RUNTIMES = ("libgomp.so.1", "libiomp5.so", "libomp.so", "libomp.so.5")
 
@@ -43,6 +45,9 @@ class _Job(ctypes.Structure):
         ("parts", ctypes.c_void_p),
         ("grads", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
+        ("cells", ctypes.c_void_p),
+        ("elements", ctypes.c_void_p),
+        ("block", ctypes.c_int64),
         ("beta2", ctypes.c_double),
         ("seed", ctypes.c_uint64),
         ("grad_scale", ctypes.c_float),
@@ -129,6 +134,9 @@ def _kernel(layout: Layout, dtype: torch.dtype, grad: torch.dtype) -> int | None
     names = [_storage_name(storage, dtype) for _, storage in layout.roles]
     if dtype not in (torch.bfloat16, torch.float16, torch.float32) or None in names:
         return None
+    blocks = {storage.block for _, storage in layout.roles if isinstance(storage, Blockwise)}
+    if len(blocks) > 1 or not all(_LEAST_BLOCK <= block <= _LARGEST_BLOCK for block in blocks):
+        return None
     name = "/".join([format_of(dtype).name, *map(str, names), "own" if grad == dtype else "fp32"])
     library = _library()
     if library.handle is None:
@@ -139,15 +147,22 @@ def _kernel(layout: Layout, dtype: torch.dtype, grad: torch.dtype) -> int | None
 
 def _storage_name(storage: Storage, dtype: torch.dtype) -> str | None:
     """What csrc/kernel.cpp calls a storage, or None if it has none of the kind."""
-    own = storage.format_for(dtype).dtype == dtype
+    fmt = storage.format_for(dtype)
+    own = fmt.dtype == dtype
     suffix = "-stochastic" if storage.stochastic else ""
     # A subclass has a store of its own.
     if type(storage) is Rounded:
         if own:
             return "stochastic" if suffix else "nearest"
-        return "fp32" if storage.format_for(dtype) == FP32 and not suffix else None
-    if type(storage) is Expansion and storage.n == 2 and own:
-        return f"expansion{suffix}"
+        return f"{fmt.name}{suffix}"
+    if type(storage) is Expansion and storage.n == 2:
+        scaled = "-scaled" if storage.scaled and fmt == FP16 else ""
+        return f"{'' if own else fmt.name + '-'}expansion{scaled}{suffix}"
+    if type(storage) is Remainder and own:
+        # 16 bits drop nothing that could be rounded.
+        return f"remainder{storage.bits}{suffix if storage.bits < 16 else ''}"
+    if type(storage) is Blockwise:
+        return f"{storage.companding}{suffix}"
     if type(storage) in (Kahan, Master) and own:
         return type(storage).__name__.lower()
     return None
@@ -165,6 +180,9 @@ class _Prepared:
         self._layout, self._dtype = batch.layout, dtype
         self._kernels: dict[torch.dtype, int] = {}
         self.cells = [column[0].element_size() for column in columns]
+        components = (each for _, storage in batch.layout.roles for each in storage.components(dtype))
+        self.elements = array("i", (component.elements for component in components))
+        self.block = batch.layout.block(dtype)
         self.parts = array("Q", (tensor.data_ptr() for column in columns for tensor in column))
         self.sizes = array("q", map(Tensor.numel, batch.params))
         self.firsts = array("Q", batch.firsts)
@@ -223,6 +241,9 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         parts=_address(kept.parts),
         grads=_address(grads),
         sums=None if sums is None else sums.data_ptr(),
+        cells=_address(cells),
+        elements=_address(kept.elements),
+        block=kept.block,
         beta2=inputs.hyper.beta2,
         seed=batch.seed & (2**64 - 1),
         grad_scale=1.0 if inputs.grad_scale is None else float(inputs.grad_scale),
@@ -231,7 +252,7 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         threads=torch.get_num_threads(),
         parallel=_parallel(),
     )
-    if library.handle.collage_step(library.isa.encode(), kept.kernel(grad_dtype), _pointer(cells), ctypes.byref(job)):
+    if library.handle.collage_step(library.isa.encode(), kept.kernel(grad_dtype), ctypes.byref(job)):
         raise MemoryError("no memory for the sums of an audited step; nothing has changed")
     batch.steps.add_(1.0)
     return sums
@@ -254,10 +275,6 @@ def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor]) -> None
 
 def _address(values: array[int] | array[float]) -> int:
     return values.buffer_info()[0]
-
-
-def _pointer(values: array[int]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(_address(values))
 
 
 @cache
