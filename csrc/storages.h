@@ -224,10 +224,7 @@ struct Softsign {
         return size / (size + shared.scale) * 254.0f;
     }
     // With the number's sign.
-    INLINE U finish(U code, F x) {
-        U sign = (U)((I)as_bits(x) >> 31);
-        return ((code ^ sign) - sign) & 0xffu;
-    }
+    INLINE F finish(F code, F x) { return as_float(as_bits(code) | (as_bits(x) & 0x80000000u)); }
 };
 
 struct Root4 {
@@ -247,7 +244,7 @@ struct Root4 {
         return square_root(root) * shared.factor;
     }
     // No positive number has the code 0.
-    INLINE U finish(U code, F x) { return max_bits(code, (U)(x > 0.0f) & 1u); }
+    INLINE F finish(F code, F x) { return as_float(max_bits(as_bits(code), as_bits(where(x > 0.0f, splat(1.0f))))); }
 };
 
 // Codes and their block's scale. The part of the scales begins with that of the block at hand.
@@ -278,18 +275,16 @@ template <class Code, bool stochastic> struct Blockwise {
     template <bool careful> INLINE U encode(F x, F root, const Shared &shared, U bits) {
         // At most 127 or 255, or a unit of the last bit more, which the snap takes away.
         F place = Code::template place<careful>(x, root, shared);
-        // Rounded to nearest by a sum whose last bit is 1.
-        F sum = place + 0x1p23f, near = sum - 0x1p23f;
-        U code = as_bits(sum) & 0xffu;
+        // To nearest by a sum whose last bit is 1.
+        F near = place + 0x1p23f - 0x1p23f, code = near;
         if constexpr (stochastic) {
-            F share = as_float(bits << 7 | 0x3f800000u) - 1.0f;
-            U drawn = (U)__builtin_convertvector(place + share, I);
-            U is_near = (U)(magnitude(place - near) <= near * 0x1p-20f);
-            code = (is_near & code) | (~is_near & drawn);
+            // What is no whole number is yet to be cut off.
+            F drawn = place + (as_float(bits << 7 | 0x3f800000u) - 1.0f);
+            code = select(magnitude(place - near) <= near * 0x1p-20f, near, drawn);
         }
-        code = Code::finish(code, x);
-        if constexpr (careful) code &= (U)(place == place);
-        return code;
+        U found = (U)__builtin_convertvector(Code::finish(code, x), I) & 0xffu;
+        if constexpr (careful) found &= (U)(place == place);
+        return found;
     }
     template <Order order, bool careful>
     INLINE void store(void *const *part, int64_t i, F a, F b, const Beside &beside, Draws bits) {

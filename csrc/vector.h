@@ -33,7 +33,13 @@ INLINE U splat(uint32_t x) { return x - U{}; }
 INLINE F as_float(U x) { return (F)x; }
 INLINE U as_bits(F x) { return (U)x; }
 // Lanes of `mask` are all ones or all zeros.
-INLINE F select(I mask, F yes, F no) { return as_float(((U)mask & as_bits(yes)) | (~(U)mask & as_bits(no))); }
+INLINE F select(I mask, F yes, F no) {
+#if COLLAGE_LANES == 8 && defined(__AVX2__)
+    return (F)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)mask);
+#else
+    return as_float(((U)mask & as_bits(yes)) | (~(U)mask & as_bits(no)));
+#endif
+}
 INLINE F where(I mask, F yes) { return as_float((U)mask & as_bits(yes)); }
 INLINE F magnitude(F x) { return as_float(as_bits(x) & 0x7fffffffu); }
 
