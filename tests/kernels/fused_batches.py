@@ -11,19 +11,34 @@ from torch import Tensor
 
 import collage
 from collage.kernels import eager, fused
-from collage.kernels.contract import SUMS, Batch, Hyper, Inputs, Layout
+from collage.kernels.contract import MOMENTS, SUMS, Batch, Hyper, Inputs, Layout
 from comparing import STRATEGIES, bits
 
 HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 LOW = [torch.bfloat16, torch.float16]
-# (strategy, dtype of the parameters) of every combination there is; float32 parameters have one layout.
-CASES = [*itertools.product([name for name in STRATEGIES if name != "fp32"], LOW), ("fp32", torch.float32)]
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 COUNTS = slice(SUMS.index("updates"), len(SUMS))
-INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
-def layout_of(strategy: str, dtype: torch.dtype) -> Layout:
-    return collage.strategies()[strategy].layout(dtype)
+def layout_of(strategy: str, dtype: torch.dtype, block: int = 128) -> Layout:
+    """The storages of a strategy for parameters whose rows have blocks of so many elements."""
+    return collage.strategies()[strategy].layout(dtype, torch.Size((64, block)))
+
+
+def serves(strategy: str, dtype: torch.dtype) -> bool:
+    try:
+        return layout_of(strategy, dtype) is not None
+    except ValueError:
+        return False
+
+
+# (strategy, dtype of the parameters) of every combination there is; float32 parameters have one layout.
+CASES = [
+    *((name, dtype) for name, dtype in itertools.product(STRATEGIES, LOW) if serves(name, dtype)),
+    ("fp32", torch.float32),
+]
+# Those whose elements share entries of components.
+BLOCKED = [(name, dtype) for name, dtype in CASES if layout_of(name, dtype).block(dtype) > 1]
 
 
 def normal(count: int, dtype: torch.dtype, seed: int, spread: float = 0.05) -> Tensor:
@@ -32,8 +47,11 @@ def normal(count: int, dtype: torch.dtype, seed: int, spread: float = 0.05) -> T
 
 
 def wild(count: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """A third each of random bit patterns, of numbers near 1, and of a list of critical ones."""
+    """A third each of random bit patterns, of numbers near 1, and of a list of critical ones; any integers."""
     generator = torch.Generator().manual_seed(seed)
+    if not dtype.is_floating_point:
+        limits = torch.iinfo(dtype)
+        return torch.randint(limits.min, limits.max + 1, (count,), generator=generator).to(dtype)
     integer = INTEGERS[dtype.itemsize]
     limit = 2 ** (8 * dtype.itemsize - 1)
     patterns = torch.randint(-limit, limit, (count,), generator=generator, dtype=torch.int64).to(integer).view(dtype)
@@ -47,18 +65,41 @@ def wild(count: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.where(kind == 0, patterns, torch.where(kind == 1, normal(count, dtype, seed, 1.0), chosen))
 
 
+def tame_(x: Tensor, block: int) -> Tensor:
+    """In place, by block: as it is, zeros, what is neither large nor infinite nor nan, ordinary. A block with one nan
+    is nan as a whole, and few would be anything else."""
+    rows = x.view(-1, block)
+    rows[1::4] = 0
+    if x.is_floating_point():
+        rows[2::4] = torch.where(rows[2::4].abs() < 1e15, rows[2::4], 0)
+        rows[3::4] = normal(rows[3::4].numel(), x.dtype, 0).view(-1, block)
+    return x
+
+
 def make_batch(
     layout: Layout, dtype: torch.dtype, sizes: Sequence[int], fill=None, firsts=None, steps=None, device="cpu", seed=5
 ) -> Batch:
-    """Parameters with fresh states, or, by ``fill``, with parameters and states of any values."""
+    """Parameters with fresh states, or, by ``fill``, with parameters and states of any values. Sizes, and the indices
+    of first elements, grow to whole blocks."""
+    block = layout.block(dtype)
+    sizes = [-(-size // block) * block for size in sizes]
+    firsts = [-(-first // block) * block for first in firsts or [0] * len(sizes)]
     params = [(fill or normal)(size, dtype, i) for i, size in enumerate(sizes)]
+    components = layout.components(dtype)
     states = []
-    for i, size in enumerate(sizes):
-        names = layout.state_names(dtype)
+    for i, (param, size) in enumerate(zip(params, sizes, strict=True)):
         make = fill or (lambda count, kind, seed: torch.zeros(count, dtype=kind))
-        states.append({name: make(size, kind, 1000 * i + j) for j, (name, kind) in enumerate(names.items())})
-        if fill is None and "master_param" in names:
-            states[-1]["master_param"].copy_(params[i])
+        state = {name: make(size // c.elements, c.dtype, 1000 * i + j) for j, (name, c) in enumerate(components.items())}
+        states.append(state)
+        if fill is None:
+            for role in MOMENTS:
+                getattr(layout, role).clear(layout.parts(role, param, state))
+        elif block > 1:
+            tame_(param, block)
+            for name, component in components.items():
+                tame_(state[name], block // component.elements)
+        if fill is None and "master_param" in state:
+            state["master_param"].copy_(param)
     return Batch(
         layout=layout,
         arithmetic="fp32",
@@ -67,7 +108,7 @@ def make_batch(
         states=[{name: value.to(device) for name, value in state.items()} for state in states],
         steps=torch.tensor(steps or [0] * len(sizes), dtype=torch.float32, device=device),
         ordinals=list(range(3, 3 + len(sizes))),
-        firsts=firsts or [0] * len(sizes),
+        firsts=firsts,
     )
 
 
@@ -79,7 +120,11 @@ def copy_of(batch: Batch) -> Batch:
 
 
 def gradients(batch: Batch, dtype: torch.dtype, seed: int, fill=normal) -> list[Tensor]:
-    return [fill(p.numel(), dtype, 7000 + 100 * seed + i).to(p.device) for i, p in enumerate(batch.params)]
+    grads = [fill(p.numel(), dtype, 7000 + 100 * seed + i) for i, p in enumerate(batch.params)]
+    block = batch.layout.block(batch.params[0].dtype) if batch.params else 1
+    if fill is not normal and block > 1:
+        grads = [tame_(grad, block) for grad in grads]
+    return [grad.to(p.device) for grad, p in zip(grads, batch.params, strict=True)]
 
 
 def assert_same(one: Batch, other: Batch) -> None:

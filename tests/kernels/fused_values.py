@@ -247,7 +247,7 @@ def test_many_tensors_are_stepped_in_one_launch(launches: list[str]) -> None:
 
 
 def test_sums_add_up_many_blocks_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "BLOCK", 128)
+    monkeypatch.setattr(launching, "TILE", 128)
     monkeypatch.setattr(launching, "ROWS", 8)
     batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, [1200, 10, 300])
     others = [copy_of(batch) for _ in range(2)]

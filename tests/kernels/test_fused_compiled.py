@@ -100,7 +100,7 @@ def operations(kernel: Any) -> str:
 
 def wide_accesses(stored: Any, dtype: torch.dtype, grad: torch.dtype) -> tuple[int, int]:
     """16-byte loads and stores of a thread in a whole block, if no access is narrower."""
-    per_thread = launching.BLOCK // 32 // launching._warps(stored)
+    per_thread = launching.TILE // 32 // launching._warps(stored)
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
     written = [sizes[name] for each in stored for name in (each.first, each.second) if name]
     # The copy beside a master is not looked at.
@@ -127,7 +127,7 @@ def test_every_strategy_rounds_as_written_in_16_byte_accesses_and_registers(
     assert {"div.rn.f64", "sqrt.rn.f64", "mul.rn.f64"} <= set(re.findall(r"[\w.]+", operations(advance)))
     text = operations(step)
     # Two paths: whole blocks, and one element per thread.
-    per_thread = launching.BLOCK // 32 // step.metadata.num_warps
+    per_thread = launching.TILE // 32 // step.metadata.num_warps
     assert text.count("div.rn.f32") == text.count("sqrt.rn.f32") == per_thread + 1
     loads, stores = wide_accesses(all_stored(layout_of(strategy, dtype), dtype), dtype, grad)
     assert len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", text)) == loads

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from collage.kernels.contract import SUMS, Batch, Inputs
 from collage.kernels.fused.advance import advance_kernel
-from collage.kernels.fused.forms import Stored, all_stored
+from collage.kernels.fused.forms import Stored, all_stored, block_of
 from collage.kernels.fused.null import null_kernel
 from collage.kernels.fused.tables import Tables
 from collage.kernels.fused.update import step_kernel, sums_kernel
 from collage.numerics import format_of
 
-# Elements of a block: with 4 warps, 8 per thread, which is one access of 16 bytes to a 16-bit component.
-BLOCK = 1024
+# Elements of a tile: with 4 warps, 8 per thread, which is one access of 16 bytes to a 16-bit component.
+TILE = 1024
 # Tensors that one program advances, and lines of partial sums that one adds up at a time.
 ROWS = 128
 # Bytes of a block of the null step.
@@ -45,10 +45,11 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         partials = tables.partials() if inputs.audit else None
         scale = None if inputs.grad_scale is None else inputs.grad_scale.to(tables.device, torch.float32)
         warps = _warps(tables.stored)
-        if tables.blocks:
+        entry = block_of(tables.stored)
+        if tables.tiles:
             launch(
                 step_kernel,
-                tables.blocks,
+                tables.tiles,
                 addresses,
                 tables.shapes,
                 tables.owners,
@@ -66,14 +67,16 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
                 AUDIT=inputs.audit,
                 CROSSES=tables.highs > 1,
                 WORDS=tables.words,
-                BLOCK=BLOCK,
+                SIZE=TILE,
                 PIECE=warps * WARP,
+                ENTRY=entry,
+                COLUMNS=_columns(entry),
                 num_warps=warps,
             )
         if partials is None:
             return None
         sums = torch.empty(count, len(SUMS), dtype=torch.float64, device=tables.device)
-        args = (sums, partials, tables.shapes, tables.scalars, count, tables.blocks)
+        args = (sums, partials, tables.shapes, tables.scalars, count, tables.tiles)
         launch(sums_kernel, count, *args, LINES=ROWS)
         return sums
 
@@ -100,7 +103,7 @@ def _tables(batch: Batch) -> Tables:
                 f"the Triton kernels do not serve {batch.layout} with parameters of {batch.params[0].dtype}; use "
                 "backend='eager'"
             )
-        tables = batch.kept["triton"] = Tables(batch, stored, BLOCK)
+        tables = batch.kept["triton"] = Tables(batch, stored, TILE // _columns(block_of(stored)) * block_of(stored))
     return tables
 
 
@@ -138,6 +141,11 @@ def _warps(stored: Sequence[Stored]) -> int:
     """4 warps give a thread 8 elements: one 16-byte access of a 16-bit component. A 32-bit component has 4 elements in
     one, and storing it from another number per thread would go through shared memory."""
     return 8 if any("fp32" in (each.first, each.second) for each in stored) else 4
+
+
+def _columns(entry: int) -> int:
+    """The power of two not less than ``entry``."""
+    return 1 << (entry - 1).bit_length()
 
 
 def _pattern(number: float) -> int:

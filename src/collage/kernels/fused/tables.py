@@ -29,11 +29,11 @@ class Tables:
         stored: how each role is stored.
         words: 32-bit random words that an element takes in a step.
         highs: high halves of element indices that a tensor may span.
-        blocks: number of blocks over all tensors.
+        tiles: number of tiles over all tensors.
         uploads: how often the table of addresses was written.
     """
 
-    def __init__(self, batch: Batch, stored: tuple[Stored, ...], block: int) -> None:
+    def __init__(self, batch: Batch, stored: tuple[Stored, ...], tile: int) -> None:
         self.device = batch.steps.device
         if self._capturing():
             raise RuntimeError(
@@ -49,10 +49,10 @@ class Tables:
         elements = [param.numel() for param in batch.params]
         lasts = [first + max(n, 1) - 1 for first, n in zip(batch.firsts, elements, strict=True)]
         self.highs = max(1 + (last >> 32) - (first >> 32) for first, last in zip(batch.firsts, lasts, strict=True))
-        counts = torch.tensor([-(-n // block) for n in elements])
-        first_blocks = (torch.cumsum(counts, 0) - counts).tolist()
-        self.blocks = int(counts.sum())
-        rows = [each for row in zip(elements, batch.firsts, first_blocks, strict=True) for each in row]
+        counts = torch.tensor([-(-n // tile) for n in elements])
+        first_tiles = (torch.cumsum(counts, 0) - counts).tolist()
+        self.tiles = int(counts.sum())
+        rows = [each for row in zip(elements, batch.firsts, first_tiles, strict=True) for each in row]
         self.shapes = self._upload(rows).view(count, 3)
         self.owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), counts).to(self.device)
         self.ordinals = self._upload(batch.ordinals)
@@ -87,9 +87,9 @@ class Tables:
         return self._addresses
 
     def partials(self) -> Tensor:
-        """Room for each block's row of sums: float64 [blocks, len(SUMS)]."""
+        """Room for each tile's row of sums: float64 [tiles, len(SUMS)]."""
         if self._partials is None:
-            self._partials = torch.empty(self.blocks, len(SUMS), dtype=torch.float64, device=self.device)
+            self._partials = torch.empty(self.tiles, len(SUMS), dtype=torch.float64, device=self.device)
         return self._partials
 
     def _addresses_of_a_graph(self, found: list[int]) -> Tensor:

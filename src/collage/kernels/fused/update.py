@@ -14,7 +14,9 @@ import triton.language as tl
 from collage.kernels import contract
 from collage.kernels.fused import tables
 from collage.kernels.fused.advance import POWERS, SCALARS
-from collage.kernels.fused.elements import exact, load, moved, parts_of, random_word, store, value_of
+from collage.kernels.fused.elements import random_word
+from collage.kernels.fused.memory import alignment, load, load_parts, mask_of, offsets_of, store_parts
+from collage.kernels.fused.storages import exact, leading, moved, parts_of, value_of
 
 ADDRESSES = tl.constexpr(tables.ADDRESSES)
 SUMS = tl.constexpr(len(contract.SUMS))
@@ -39,64 +41,72 @@ def step_kernel(
     AUDIT: tl.constexpr,
     CROSSES: tl.constexpr,
     WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
     PIECE: tl.constexpr,
+    ENTRY: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Steps one block of one tensor.
+    """Steps one tile of one tensor.
 
     Args:
         addresses: int64 [tensors, ADDRESSES]; 0 where there is no such component.
-        shapes: int64 [tensors, 3]: elements, index of the first one in the whole parameter, number of the first block.
-        owners: int32 [blocks]: each block's tensor.
+        shapes: int64 [tensors, 3]: elements, index of the first one in the whole parameter, number of the first tile.
+        owners: int32 [tiles]: each tile's tensor.
         scalars, keys, powers: as ``advance_kernel`` has left them.
-        partials: float64 [blocks, SUMS], written if AUDIT.
+        partials: float64 [tiles, SUMS], written if AUDIT.
         grad_scale: one float32 that the gradient is divided by, or None.
         highs: high halves of indices per tensor in ``keys``.
         PARAM, EXP_AVG, EXP_AVG_SQ: a ``forms.Stored`` each.
         GRAD: format of the gradients.
-        CROSSES: whether a high half may grow within a block.
+        CROSSES: whether a high half may grow within a tile.
         WORDS: 32-bit random words per element.
-        PIECE: elements at a time where a block is not whole or not aligned.
+        SIZE: elements of a tile and, where these are in rows, room behind the rows' ends.
+        PIECE: the same of a piece of a tile that is not aligned or not whole.
+        ENTRY: elements that share a scale, a row of the tile; 1 where the tile has one dimension.
+        COLUMNS: the power of two not less than ENTRY.
     """
-    block = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(owners + block).to(tl.int64)
+    tile = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(owners + tile).to(tl.int64)
     scalar = scalars + tensor * SCALARS
     if tl.load(scalar + 8) != 0:
         return
     shape = shapes + tensor * 3
     numel = tl.load(shape)
     first = tl.load(shape + 1)
-    start = (block - tl.load(shape + 2)) * BLOCK
+    start = (tile - tl.load(shape + 2)) * (SIZE // COLUMNS * ENTRY)
     row = addresses + tensor * ADDRESSES
     g_at = tl.load(row)
     p_at = (tl.load(row + 1), tl.load(row + 2))
     m_at = (tl.load(row + 3), tl.load(row + 4))
     v_at = (tl.load(row + 5), tl.load(row + 6))
-    unaligned = (g_at | p_at[0] | p_at[1] | m_at[0] | m_at[1] | v_at[0] | v_at[1]) & 15
+    unaligned = (g_at | alignment(p_at, PARAM) | alignment(m_at, EXP_AVG) | alignment(v_at, EXP_AVG_SQ)) & 15
     tensor_keys = keys + tensor * highs * WORDS * 2
     beta2 = powers + tensor * POWERS + 4
     sums = tl.zeros([SUMS], tl.float64)
-    if (unaligned == 0) & (start + BLOCK <= numel):
-        sums += step_block(
+    end = tl.minimum(start + SIZE // COLUMNS * ENTRY, numel)
+    wide = unaligned == 0
+    if ENTRY == 1:
+        # A mask whose length is known at run time alone makes narrow accesses. Rows are whole, and theirs is harmless.
+        wide &= start + SIZE <= numel
+    if wide:
+        sums += step_tile(
             g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, grad_scale, beta2,
-            PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, BLOCK, True,
+            PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, SIZE, ENTRY, COLUMNS, True,
         )  # fmt: skip
     else:
-        # A mask whose length is known at run time alone makes narrow accesses; one element per thread then keeps the
-        # registers of the other path at half of what they would be.
-        end = tl.minimum(start + BLOCK, numel)
+        # One element per thread keeps the registers of the other path at half of what they would be.
         while start < end:
-            sums += step_block(
+            sums += step_tile(
                 g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, grad_scale, beta2,
-                PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, PIECE, False,
+                PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, PIECE, ENTRY, COLUMNS, False,
             )  # fmt: skip
-            start += PIECE
+            start += PIECE // COLUMNS * ENTRY
     if AUDIT:
-        tl.store(partials + block * SUMS + tl.arange(0, SUMS), sums)
+        tl.store(partials + tile * SUMS + tl.arange(0, SUMS), sums)
 
 
 @triton.jit
-def step_block(
+def step_tile(
     g_at,
     p_at,
     m_at,
@@ -117,17 +127,18 @@ def step_block(
     AUDIT: tl.constexpr,
     CROSSES: tl.constexpr,
     WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SIZE: tl.constexpr,
+    ENTRY: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """``eager._fp32`` of one block, in its order. Returns its row of sums; zeros unless AUDIT."""
-    mask = start + tl.arange(0, BLOCK) < numel
-    g = load(g_at, start, mask, BLOCK, GRAD, WHOLE)
-    p1, p2 = load_parts(p_at, start, mask, PARAM, BLOCK, WHOLE)
-    m1, m2 = load_parts(m_at, start, mask, EXP_AVG, BLOCK, WHOLE)
-    v1, v2 = load_parts(v_at, start, mask, EXP_AVG_SQ, BLOCK, WHOLE)
+    """``eager._fp32`` of one tile, in its order. Returns its row of sums; zeros unless AUDIT."""
+    g = load(g_at, start, numel, SIZE, ENTRY, COLUMNS, GRAD, WIDE)
+    p1, p2 = load_parts(p_at, start, numel, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
+    m1, m2 = load_parts(m_at, start, numel, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
+    v1, v2 = load_parts(v_at, start, numel, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
     if grad_scale is not None:
-        g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros([BLOCK], tl.float32))
+        g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros(g.shape, tl.float32))
     if MAXIMIZE:
         g = g * -1.0
     p = value_of(p1, p2, PARAM)
@@ -141,17 +152,21 @@ def step_block(
     # contract.DRAWS: param and exp_avg_sq share the first word.
     FIRST_WORD: tl.constexpr = PARAM[3] or EXP_AVG_SQ[3]
     SECOND_WORD: tl.constexpr = EXP_AVG[3]
-    word = words_of(keys, first, start, highs, 0, FIRST_WORD, CROSSES, WORDS, BLOCK)
-    word2 = words_of(keys, first, start, highs, 1, SECOND_WORD, CROSSES, WORDS, BLOCK)
-    new_m1, new_m2 = parts_of(m, m, m1, m2, (word2 & 0xFFFF).to(tl.int32), EXP_AVG)
-    new_v1, new_v2 = parts_of(v, v, v1, v2, (word >> 16).to(tl.int32), EXP_AVG_SQ)
-    new_p1, new_p2 = parts_of(p + u, u, p1, p2, (word & 0xFFFF).to(tl.int32), PARAM)
-    store_parts(m_at, start, mask, new_m1, new_m2, EXP_AVG, BLOCK, WHOLE)
-    store_parts(v_at, start, mask, new_v1, new_v2, EXP_AVG_SQ, BLOCK, WHOLE)
-    store_parts(p_at, start, mask, new_p1, new_p2, PARAM, BLOCK, WHOLE)
+    offsets = offsets_of(SIZE, ENTRY, COLUMNS)
+    mask = mask_of(start, numel, SIZE, ENTRY, COLUMNS)
+    # Of rows: none of their elements is missing, or all are.
+    columns = None if ENTRY == COLUMNS else mask
+    word = words_of(keys, first, start, offsets, highs, 0, FIRST_WORD, CROSSES, WORDS)
+    word2 = words_of(keys, first, start, offsets, highs, 1, SECOND_WORD, CROSSES, WORDS)
+    new_m1, new_m2 = parts_of(m, m, m1, m2, (word2 & 0xFFFF).to(tl.int32), columns, EXP_AVG)
+    new_v1, new_v2 = parts_of(v, v, v1, v2, (word >> 16).to(tl.int32), columns, EXP_AVG_SQ)
+    new_p1, new_p2 = parts_of(p + u, u, p1, p2, (word & 0xFFFF).to(tl.int32), columns, PARAM)
+    store_parts(m_at, start, numel, new_m1, new_m2, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
+    store_parts(v_at, start, numel, new_v1, new_v2, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
+    store_parts(p_at, start, numel, new_p1, new_p2, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     if AUDIT:
         e = moved(new_p1, new_p2, p1, p2, PARAM)
-        e_hi = new_p1.to(tl.float64) - p1.to(tl.float64)
+        e_hi = leading(new_p1, PARAM) - leading(p1, PARAM)
         moved_v = moved(new_v1, new_v2, v1, v2, EXP_AVG_SQ)
         old_v = exact(v1, v2, EXP_AVG_SQ)
         return sums_of(mask, u.to(tl.float64), e, e_hi, g.to(tl.float64), old_v, moved_v, tl.load(beta2))
@@ -160,46 +175,24 @@ def step_block(
 
 
 @triton.jit
-def load_parts(at, start, mask, STORED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """The two components of a role; twice the same where there is one."""
-    FIRST: tl.constexpr = STORED[1]
-    SECOND: tl.constexpr = STORED[2]
-    first = load(at[0], start, mask, BLOCK, FIRST, WHOLE)
-    if SECOND == "":
-        return first, first
-    else:
-        return first, load(at[1], start, mask, BLOCK, SECOND, WHOLE)
-
-
-@triton.jit
-def store_parts(at, start, mask, first, second, STORED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """The opposite of :func:`load_parts`."""
-    FIRST: tl.constexpr = STORED[1]
-    SECOND: tl.constexpr = STORED[2]
-    store(at[0], start, mask, first, BLOCK, FIRST, WHOLE)
-    if SECOND != "":
-        store(at[1], start, mask, second, BLOCK, SECOND, WHOLE)
-
-
-@triton.jit
 def words_of(
     keys,
     first,
     start,
+    offsets,
     highs,
     NUMBER: tl.constexpr,
     WANTED: tl.constexpr,
     CROSSES: tl.constexpr,
     WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """A random word for each element of the block at ``start`` of a tensor whose first element has the index ``first``;
+    """A random word for each element of the tile at ``start`` of a tensor whose first element has the index ``first``;
     zeros unless WANTED."""
     if not WANTED:
-        return tl.zeros([BLOCK], tl.uint32)
+        return tl.zeros(offsets.shape, tl.uint32)
     else:
         low = ((first + start) & 0xFFFFFFFF).to(tl.uint32)
-        index = low + tl.arange(0, BLOCK).to(tl.uint32)
+        index = low + offsets.to(tl.uint32)
         high = ((first + start) >> 32) - (first >> 32)
         first_key, second_key = load_keys(keys + (high * WORDS + NUMBER) * 2)
         if CROSSES:
@@ -218,7 +211,7 @@ def load_keys(at):
 
 @triton.jit
 def sums_of(mask, u, e, e_hi, g, v, moved_v, beta2):
-    """``eager._sums`` of one block: float64 [SUMS]."""
+    """``eager._sums`` of one tile: float64 [SUMS]."""
     wanted = mask & (u != 0)
     decaying = mask & (v > 0) & (tl.abs((v * beta2 + (g * g) * (1.0 - beta2)) - v) > 0)
     sums = column(0, tl.where(mask, e * u, 0.0)) + column(1, tl.where(mask, e_hi * u, 0.0))
@@ -230,20 +223,20 @@ def sums_of(mask, u, e, e_hi, g, v, moved_v, beta2):
 @triton.jit
 def column(NUMBER: tl.constexpr, terms):
     """The total of the terms in one column of a row of sums."""
-    return tl.where(tl.arange(0, SUMS) == NUMBER, tl.sum(terms.to(tl.float64), 0), 0.0)
+    return tl.where(tl.arange(0, SUMS) == NUMBER, tl.sum(terms.to(tl.float64)), 0.0)
 
 
-@triton.jit(do_not_specialize=["count", "blocks"])
-def sums_kernel(sums, partials, shapes, scalars, count: tl.int64, blocks: tl.int64, LINES: tl.constexpr):
-    """Adds up the blocks of one tensor, in an order that depends on their number alone; zeros if the step was skipped.
+@triton.jit(do_not_specialize=["count", "tiles"])
+def sums_kernel(sums, partials, shapes, scalars, count: tl.int64, tiles: tl.int64, LINES: tl.constexpr):
+    """Adds up the tiles of one tensor, in an order that depends on their number alone; zeros if the step was skipped.
 
     Args:
         sums: float64 [count, SUMS], written.
-        partials: float64 [blocks, SUMS].
+        partials: float64 [tiles, SUMS].
     """
     tensor = tl.program_id(0).to(tl.int64)
     line = tl.load(shapes + tensor * 3 + 2)
-    end = tl.load(shapes + tensor * 3 + 5, mask=tensor + 1 < count, other=blocks)
+    end = tl.load(shapes + tensor * 3 + 5, mask=tensor + 1 < count, other=tiles)
     end = tl.where(tl.load(scalars + tensor * SCALARS + 8) != 0, line, end)
     columns = tl.arange(0, SUMS)
     total = tl.zeros([LINES, SUMS], tl.float64)

@@ -1,0 +1,215 @@
+"""Which elements a tile has, and how the kernels read and write its components, in Triton.
+
+A tile is one-dimensional, or, where elements share a scale, has a block of them in each row; rows of COLUMNS, a power
+of two, of which the first ENTRY are elements. A component's values live as float32 that are numbers of its format, or
+as int32.
+"""
+
+# Triton's annotations are values, not types.
+# pyright: reportArgumentType=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from collage.kernels.fused.elements import as_bits, as_float
+
+# What a float16 lo is kept times, where it is kept scaled (``Expansion._factor``).
+FACTOR = tl.constexpr(2.0**11)
+
+
+@triton.jit
+def offsets_of(SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each element's place behind the tile's first one."""
+    if ENTRY == 1:
+        return tl.arange(0, SIZE)
+    else:
+        return tl.arange(0, SIZE // COLUMNS)[:, None] * ENTRY + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def mask_of(start, numel, SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which of the tile's elements there are. Of a row there are all or none: a constant along it, the mask leaves
+    accesses wide."""
+    if ENTRY == 1:
+        return start + tl.arange(0, SIZE) < numel
+    else:
+        inside = row_mask(start, numel, SIZE, ENTRY, COLUMNS)
+        if ENTRY == COLUMNS:
+            return tl.broadcast_to(inside, [SIZE // COLUMNS, COLUMNS])
+        else:
+            return inside & (tl.arange(0, COLUMNS)[None, :] < ENTRY)
+
+
+@triton.jit
+def row_mask(start, numel, SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which of the tile's rows there are."""
+    return start + tl.arange(0, SIZE // COLUMNS)[:, None] * ENTRY < numel
+
+
+@triton.jit
+def pointers(address, start, offsets, FORMAT: tl.constexpr, WIDE: tl.constexpr):
+    """Pointers to the elements of a tile. WIDE promises 16-byte alignment, without which no access is a wide one."""
+    if FORMAT == "fp32":
+        base = address.to(tl.pointer_type(tl.float32))
+    elif FORMAT == "fp16" or FORMAT == "scaled fp16":
+        base = address.to(tl.pointer_type(tl.float16))
+    elif FORMAT == "int8":
+        base = address.to(tl.pointer_type(tl.int8))
+    elif FORMAT == "uint8" or FORMAT == "nibbles":
+        base = address.to(tl.pointer_type(tl.uint8))
+    else:
+        base = address.to(tl.pointer_type(tl.int16))
+    if WIDE:
+        base = tl.multiple_of(base, 16)
+        start = tl.multiple_of(start, 8 if FORMAT == "nibbles" else 16)
+    return base + start + offsets
+
+
+@triton.jit
+def load(
+    address, start, numel, SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile of a component: float32, or int32 for integers; 0 where there is no element."""
+    where = pointers(address, start, offsets_of(SIZE, ENTRY, COLUMNS), FORMAT, WIDE)
+    if WIDE and ENTRY == 1:
+        x = tl.load(where)
+    else:
+        x = tl.load(where, mask=mask_of(start, numel, SIZE, ENTRY, COLUMNS), other=0)
+    if FORMAT == "bf16":
+        return as_float(x.to(tl.int32) << 16)
+    elif FORMAT == "scaled fp16":
+        return x.to(tl.float32) * (1.0 / FACTOR)
+    elif FORMAT == "fp16" or FORMAT == "fp32":
+        return x.to(tl.float32)
+    else:
+        return x.to(tl.int32)
+
+
+@triton.jit
+def store(
+    address, start, numel, x, SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """The opposite of :func:`load`."""
+    where = pointers(address, start, offsets_of(SIZE, ENTRY, COLUMNS), FORMAT, WIDE)
+    if FORMAT == "bf16":
+        x = (as_bits(x) >> 16).to(tl.int16)
+    elif FORMAT == "scaled fp16":
+        x = (x * FACTOR).to(tl.float16)
+    elif FORMAT == "fp16":
+        x = x.to(tl.float16)
+    elif FORMAT == "int16":
+        x = x.to(tl.int16)
+    elif FORMAT == "int8":
+        x = x.to(tl.int8)
+    elif FORMAT == "uint8" or FORMAT == "nibbles":
+        x = x.to(tl.uint8)
+    if WIDE and ENTRY == 1:
+        tl.store(where, x)
+    else:
+        tl.store(where, x, mask=mask_of(start, numel, SIZE, ENTRY, COLUMNS))
+
+
+# ---- two elements in a byte ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_nibbles(
+    address, start, numel, SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """``unpack_nibbles`` of a tile: int32 in [-8, 8). ``start`` and ``numel`` are even, or ENTRY is."""
+    if ENTRY == 1:
+        both = load(address, start // 2, numel // 2, SIZE // 2, 1, 1, "nibbles", WIDE)
+        nibbles = tl.reshape(tl.join(both & 15, both >> 4), [SIZE])
+    else:
+        both = load(address, start // 2, numel // 2, SIZE // 2, ENTRY // 2, COLUMNS // 2, "nibbles", WIDE)
+        nibbles = tl.reshape(tl.join(both & 15, both >> 4), [SIZE // COLUMNS, COLUMNS])
+    return (nibbles ^ 8) - 8
+
+
+@triton.jit
+def store_nibbles(
+    address, start, numel, x, SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """``pack_nibbles``: the opposite of :func:`load_nibbles`."""
+    if ENTRY == 1:
+        low, high = tl.split(tl.reshape(x & 15, [SIZE // 2, 2]))
+        store(address, start // 2, numel // 2, low | (high << 4), SIZE // 2, 1, 1, "nibbles", WIDE)
+    else:
+        low, high = tl.split(tl.reshape(x & 15, [SIZE // COLUMNS, COLUMNS // 2, 2]))
+        packed = low | (high << 4)
+        store(address, start // 2, numel // 2, packed, SIZE // 2, ENTRY // 2, COLUMNS // 2, "nibbles", WIDE)
+
+
+# ---- a number per row ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scales_at(address, start, SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to the scales of a tile's rows: [rows, 1]."""
+    return address.to(tl.pointer_type(tl.float32)) + start // ENTRY + tl.arange(0, SIZE // COLUMNS)[:, None]
+
+
+@triton.jit
+def load_scales(address, start, numel, SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr):
+    """The scales of a tile's rows: float32 [rows, 1]."""
+    where = scales_at(address, start, SIZE, ENTRY, COLUMNS)
+    return tl.load(where, mask=row_mask(start, numel, SIZE, ENTRY, COLUMNS), other=0.0)
+
+
+@triton.jit
+def store_scales(address, start, numel, x, SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr):
+    """The opposite of :func:`load_scales`."""
+    where = scales_at(address, start, SIZE, ENTRY, COLUMNS)
+    tl.store(where, x, mask=row_mask(start, numel, SIZE, ENTRY, COLUMNS))
+
+
+# ---- the components of a role ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_parts(
+    at, start, numel, STORED: tl.constexpr, SIZE: tl.constexpr, ENTRY: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """The two components of a role; twice the same where there is one. Before a remainder, the pattern."""
+    FIRST: tl.constexpr = "int16" if STORED[0] == "remainder" else STORED[1]
+    SECOND: tl.constexpr = STORED[2]
+    first = load(at[0], start, numel, SIZE, ENTRY, COLUMNS, FIRST, WIDE)
+    if SECOND == "":
+        return first, first
+    elif SECOND == "scale":
+        return first, load_scales(at[1], start, numel, SIZE, ENTRY, COLUMNS)
+    elif SECOND == "nibbles":
+        return first, load_nibbles(at[1], start, numel, SIZE, ENTRY, COLUMNS, WIDE)
+    else:
+        return first, load(at[1], start, numel, SIZE, ENTRY, COLUMNS, SECOND, WIDE)
+
+
+@triton.jit
+def store_parts(
+    at, start, numel, first, second, STORED: tl.constexpr, SIZE: tl.constexpr, ENTRY: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The opposite of :func:`load_parts`."""
+    FIRST: tl.constexpr = "int16" if STORED[0] == "remainder" else STORED[1]
+    SECOND: tl.constexpr = STORED[2]
+    store(at[0], start, numel, first, SIZE, ENTRY, COLUMNS, FIRST, WIDE)
+    if SECOND == "scale":
+        store_scales(at[1], start, numel, second, SIZE, ENTRY, COLUMNS)
+    elif SECOND == "nibbles":
+        store_nibbles(at[1], start, numel, second, SIZE, ENTRY, COLUMNS, WIDE)
+    elif SECOND != "":
+        store(at[1], start, numel, second, SIZE, ENTRY, COLUMNS, SECOND, WIDE)
+
+
+@triton.jit
+def alignment(at, STORED: tl.constexpr):
+    """Bits of the addresses of which wide accesses are made: not those of scales."""
+    if STORED[2] == "scale":
+        return at[0]
+    else:
+        return at[0] | at[1]
