@@ -22,7 +22,7 @@ COUNTS = slice(SUMS.index("updates"), len(SUMS))
 
 def layout_of(strategy: str, dtype: torch.dtype, block: int = 128) -> Layout:
     """The storages of a strategy for parameters whose rows have blocks of so many elements."""
-    return collage.strategies()[strategy].layout(dtype, torch.Size((64, block)))
+    return collage.strategies()[strategy].layout(dtype, torch.Size((256, block)))
 
 
 def serves(strategy: str, dtype: torch.dtype) -> bool:
@@ -89,7 +89,9 @@ def make_batch(
     states = []
     for i, (param, size) in enumerate(zip(params, sizes, strict=True)):
         make = fill or (lambda count, kind, seed: torch.zeros(count, dtype=kind))
-        state = {name: make(size // c.elements, c.dtype, 1000 * i + j) for j, (name, c) in enumerate(components.items())}
+        state = {
+            name: make(size // c.elements, c.dtype, 1000 * i + j) for j, (name, c) in enumerate(components.items())
+        }
         states.append(state)
         if fill is None:
             for role in MOMENTS:

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from fused_batches import (
+    BLOCKED,
     CASES,
     HYPER,
     LOW,
@@ -29,12 +30,25 @@ from fused_batches import (
     step_both,
     wild,
 )
+from torch import Tensor
 
+import collage
 from collage.kernels import eager, fused
 from collage.kernels.contract import Inputs, Layout
-from collage.kernels.fused import elements, launching
-from collage.numerics import FP32, format_of, round_nearest, round_stochastic
-from collage.storage import Expansion, Kahan, Master, Rounded
+from collage.kernels.fused import elements, launching, storages
+from collage.kernels.fused.forms import stored
+from collage.kernels.fused.tables import _ratios
+from collage.numerics import (
+    BF16,
+    FP16,
+    FP32,
+    format_of,
+    join_remainder,
+    round_nearest,
+    round_stochastic,
+    split_remainder,
+)
+from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded
 from comparing import bits
 
 
@@ -119,6 +133,72 @@ def test_any_combination_of_storages_has_the_eager_sums(number: int) -> None:
     layout, dtype = LAYOUTS[number], LOW[number % 2]
     batch = make_batch(layout, dtype, [400])
     step_both(batch, copy_of(batch), Inputs(HYPER, gradients(batch, dtype, number), audit=True))
+
+
+SOFTSIGN, ROOT4 = Blockwise("softsign", 64), Blockwise("root4", 64)
+OTHERS = [
+    Layout(Remainder(16), Rounded(), ROOT4),
+    Layout(Remainder(8), Rounded(FP32), SOFTSIGN),
+    Layout(Remainder(4), ROOT4, Rounded(FP32)),
+    Layout(Remainder(4, rounding="stochastic"), Rounded(), Expansion(2)),
+    Layout(Remainder(4), Rounded(FP32), Rounded(FP32)),
+    Layout(Expansion(2, scaled=True), SOFTSIGN, Rounded()),
+    Layout(Expansion(2, rounding="stochastic", scaled=True), Expansion(2, FP16, scaled=True), ROOT4),
+    Layout(Kahan(), Blockwise("root4", 2), Blockwise("softsign", 2)),
+    Layout(Master(), Blockwise("softsign", 100), Blockwise("softsign", 100, "nearest")),
+    Layout(Rounded(), Rounded(BF16), Expansion(2, BF16, "stochastic")),
+]
+
+
+@pytest.mark.parametrize("number", range(len(OTHERS)))
+def test_storages_of_integers_go_with_all_others(number: int) -> None:
+    layout, dtype = OTHERS[number], LOW[number % 2]
+    assert fused.serves(layout, dtype)
+    batch = make_batch(layout, dtype, [1200], wild, steps=[2.0])
+    step_both(batch, copy_of(batch), Inputs(HYPER, gradients(batch, dtype, number, wild)))
+
+
+@pytest.mark.parametrize("block", [122, 32])
+@pytest.mark.parametrize(("strategy", "dtype"), BLOCKED)
+def test_rows_have_blocks_of_any_even_size(strategy: str, dtype: torch.dtype, block: int) -> None:
+    layout = layout_of(strategy, dtype, block)
+    assert layout.block(dtype) == block
+    # No block crosses a boundary of the keys; of another size than a power of two, none comes near one.
+    firsts = [3 * 2**32 - 320 if block == 32 else 2**31]
+    batch = make_batch(layout, dtype, [1300], wild, firsts=firsts, steps=[4.0])
+    other = copy_of(batch)
+    step_both(batch, other, Inputs(HYPER, gradients(batch, dtype, 0, wild)))
+    inputs = Inputs(replace(HYPER, maximize=True), gradients(batch, torch.float32, 1), audit=True)
+    step_both(batch, other, replace(inputs, grad_scale=torch.tensor(3.0)))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("strategy", sorted({strategy for strategy, _ in BLOCKED}))
+def test_parameters_too_small_for_blocks_are_stepped(strategy: str, dtype: torch.dtype) -> None:
+    layout = collage.strategies()[strategy].layout(dtype, torch.Size((40,)))
+    assert fused.serves(layout, dtype)
+    batch = make_batch(layout, dtype, [300], wild)
+    other = copy_of(batch)
+    for step, kind in enumerate([torch.float32, dtype]):
+        step_both(batch, other, Inputs(HYPER, gradients(batch, kind, step, wild)))
+
+
+@pytest.mark.parametrize("moved", [["param", "param_remainder", "exp_avg"], ["exp_avg_scale"]])
+@pytest.mark.parametrize("block", [128, 122])
+def test_unaligned_tensors_in_blocks_have_the_same_bits(block: int, moved: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(launching, "WARP", 32)
+    dtype = torch.bfloat16
+    batch = make_batch(layout_of("compact-4bit", dtype, block), dtype, [600])
+    other = copy_of(batch)
+    for name in moved:
+        old = other.params[0] if name == "param" else other.states[0][name]
+        new = torch.cat([old, old])[3 : 3 + len(old)].copy_(old)
+        assert new.data_ptr() % 16 != 0
+        if name == "param":
+            other.params = [new]
+        else:
+            other.states[0][name] = new
+    step_both(batch, other, Inputs(HYPER, gradients(batch, dtype, 0), audit=True))
 
 
 @pytest.mark.parametrize("strategy", ["stochastic", "plus", "plain", "mixed"])
@@ -328,9 +408,18 @@ def round_kernel(values, draws, nearest, stochastic, FORMAT: tl.constexpr, SIZE:
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_rounding_is_that_of_the_definition(dtype: torch.dtype) -> None:
+    x, draws = numbers_and_draws()
+    nearest, stochastic = torch.empty(len(x)), torch.empty(len(x))
+    fmt = format_of(dtype)
+    launching.launch(round_kernel, 1, x, draws, nearest, stochastic, FORMAT=fmt.name, SIZE=len(x))
+    assert torch.equal(bits(nearest), bits(round_nearest(x, fmt).float()))
+    assert torch.equal(bits(stochastic), bits(round_stochastic(x, fmt, draws).float()))
+
+
+def numbers_and_draws() -> tuple[Tensor, Tensor]:
+    """float32 of every sign and exponent, with random and with critical significands; draws, with both extremes."""
     count = 1 << 18
     generator = torch.Generator().manual_seed(1)
-    # Every sign and exponent, with random and with critical significands.
     top = torch.arange(512).repeat_interleave(count // 512) << 23
     low = torch.randint(0, 1 << 23, (count,), generator=generator)
     zeros = torch.randint(0, 24, (count,), generator=generator)
@@ -338,8 +427,80 @@ def test_rounding_is_that_of_the_definition(dtype: torch.dtype) -> None:
     x = (top + low.clamp(0, (1 << 23) - 1)).to(torch.int64).to(torch.int32).view(torch.float32)
     draws = torch.randint(0, 1 << 16, (count,), generator=generator, dtype=torch.int32)
     draws[::7], draws[1::7] = 0, (1 << 16) - 1
-    nearest, stochastic = torch.empty(count), torch.empty(count)
-    fmt = format_of(dtype)
-    launching.launch(round_kernel, 1, x, draws, nearest, stochastic, FORMAT=fmt.name, SIZE=count)
-    assert torch.equal(bits(nearest), bits(round_nearest(x, fmt).float()))
-    assert torch.equal(bits(stochastic), bits(round_stochastic(x, fmt, draws).float()))
+    return x, draws
+
+
+@triton.jit
+def remainder_kernel(values, draws, hi, lo, back, FORMAT: tl.constexpr, EXTRA: tl.constexpr, STOCHASTIC: tl.constexpr,
+                     SIZE: tl.constexpr):  # fmt: skip
+    at = tl.arange(0, SIZE)
+    new_hi, new_lo = storages.split_remainder(tl.load(values + at), tl.load(draws + at), FORMAT, EXTRA, STOCHASTIC)
+    joined = storages.join_remainder(tl.load(hi + at).to(tl.int32), tl.load(lo + at), FORMAT, EXTRA)
+    tl.store(hi + at, new_hi.to(tl.int16))
+    tl.store(lo + at, new_lo)
+    tl.store(back + at, joined)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "extra"), [(BF16.dtype, 16), (BF16.dtype, 8), (BF16.dtype, 4), (FP16.dtype, 8), (FP16.dtype, 4)]
+)
+def test_remainders_are_those_of_the_definition(dtype: torch.dtype, extra: int, stochastic: bool) -> None:
+    x, draws = numbers_and_draws()
+    # float16's subnormals are more than they would be among all of float32's.
+    x[::3] = (x[::3].view(torch.int32) % (0x08000000) + 0x33000000).view(torch.float32)
+    hi = torch.randint(-(2**15), 2**15, x.shape, generator=torch.Generator().manual_seed(2)).to(torch.int16)
+    hi[: 1 << 16] = torch.arange(-(1 << 15), 1 << 15)
+    lo = draws % (1 << extra) - (1 << (extra - 1))
+    wanted = join_remainder(hi.view(dtype), lo, extra)
+    wanted_hi, wanted_lo = split_remainder(x, format_of(dtype), extra, draws if stochastic else None)
+    back = torch.empty_like(x)
+    args = (x, draws, hi, lo, back)
+    options = {"FORMAT": format_of(dtype).name, "EXTRA": extra, "STOCHASTIC": stochastic, "SIZE": len(x)}
+    launching.launch(remainder_kernel, 1, *args, **options)
+    assert torch.equal(bits(hi.view(dtype)), bits(wanted_hi))
+    assert torch.equal(lo, wanted_lo)
+    assert torch.equal(bits(back), bits(wanted))
+
+
+@triton.jit
+def codes_kernel(values, draws, codes, scales, ratios, back, STORED: tl.constexpr, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr):  # fmt: skip
+    rows = tl.arange(0, ROWS)[:, None]
+    at = rows * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    x = tl.load(values + at)
+    scale, finite = storages.scale_of(x, None, STORED)
+    new = storages.codes_of(x, scale, finite, tl.load(draws + at), STORED)
+    tl.store(back + at, storages.value_of(tl.load(codes + at).to(tl.int32), tl.load(scales + rows), ratios, STORED))
+    tl.store(codes + at, new)
+    tl.store(scales + rows, scale)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("companding", ["softsign", "root4"])
+def test_codes_are_those_of_the_definition(companding: str, rounding: str) -> None:
+    storage = Blockwise(companding, 32, rounding)
+    x, draws = numbers_and_draws()
+    values = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(3))]
+    rows = values.view(-1, 32)
+    # Blocks of like exponents (every eighth row as it was), of the codes' own values, about the ends of their range.
+    exponents = torch.arange(len(rows), dtype=torch.int32) % 254 << 23
+    spread = rows.view(torch.int32) & 0x807FFFFF | exponents[:, None] | (draws.view(-1, 32) & 3) << 23
+    alike = torch.arange(len(rows)) % 8 != 0
+    rows[alike] = spread[alike].view(torch.float32)
+    edges = [2.0**127, 2.0**127 - 2.0**103, FP32.max, 2.0**-118, 2.0**-94, 2.0**-126, 2.0**-149, 0.0]
+    for row, edge in enumerate(edges):
+        rows[row] = torch.linspace(-1, 1, 32) * edge
+    parts = (torch.arange(len(x)).to(storage.components(BF16.dtype)[0].dtype), wild(len(rows), torch.float32, 4))
+    codes, scales, back = parts[0].clone(), parts[1].clone(), torch.empty(len(x))
+    wanted = storage.load(parts, torch.empty(len(x)))
+    again = torch.arange(len(rows)) % 8 == 1
+    rows[again] = wanted.view(-1, 32)[again]
+    storage.store(values.clone(), parts, draws.clone() if storage.stochastic else None, torch.empty(len(x)))
+    options = {"STORED": tuple(stored(storage, "exp_avg", BF16.dtype) or ()), "ROWS": len(rows), "COLUMNS": 32}
+    args = (values, draws, codes, scales, _ratios(torch.device("cpu")), back)
+    launching.launch(codes_kernel, 1, *args, **options)
+    assert torch.equal(bits(back), bits(wanted))
+    assert torch.equal(bits(scales), bits(parts[1]))
+    assert torch.equal(codes, parts[0])
+    assert 0.01 < scales.isnan().float().mean() < 0.5

@@ -19,7 +19,7 @@ from collage.kernels.contract import DRAWS, SUMS, Layout
 from collage.kernels.fused import tables
 from collage.kernels.fused.forms import FORMS, all_stored
 from collage.numerics import FP16, FP32
-from collage.storage import Expansion, Kahan, Master, Rounded
+from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded
 
 ROUNDED = Rounded()
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -41,6 +41,8 @@ def test_interpreted_kernels_are_bit_equal_to_the_eager_step() -> None:
 @pytest.mark.parametrize(("strategy", "dtype"), CASES)
 def test_every_strategy_is_served(strategy: str, dtype: torch.dtype) -> None:
     assert fused.serves(layout_of(strategy, dtype), dtype)
+    small = collage.strategies()[strategy].small
+    assert small is None or fused.serves(small.layout(dtype), dtype)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,9 @@ def test_every_strategy_is_served(strategy: str, dtype: torch.dtype) -> None:
         (Layout(Expansion(2), ROUNDED, ROUNDED), torch.float32),
         (Layout(ROUNDED, ROUNDED, Rounded("e4m3fn")), torch.bfloat16),
         (Layout(ROUNDED, ROUNDED, ROUNDED), torch.float64),
+        (Layout(ROUNDED, Remainder(8), ROUNDED), torch.bfloat16),
+        (Layout(ROUNDED, Blockwise("softsign", 130), ROUNDED), torch.bfloat16),
+        (Layout(ROUNDED, Blockwise("softsign", 64), Blockwise("root4", 128)), torch.bfloat16),
     ],
 )
 def test_what_the_kernels_do_not_cover_is_not_served(layout: Layout, dtype: torch.dtype) -> None:
@@ -62,13 +67,27 @@ def test_what_the_kernels_do_not_cover_is_not_served(layout: Layout, dtype: torc
 
 
 def test_a_storage_is_described_by_its_components() -> None:
-    found = all_stored(layout_of("mixed", torch.float16), torch.float16)
-    assert found == (("master", "fp16", "fp32", False), ("rounded", "fp32", "", False), ("rounded", "fp32", "", False))
-    assert set(FORMS) == {Rounded, Expansion, Kahan, Master}
+    fp32 = ("rounded", "fp32", "", False, 0)
+    assert all_stored(layout_of("mixed", torch.float16), torch.float16) == (
+        ("master", "fp16", "fp32", False, 0),
+        fp32,
+        fp32,
+    )
+    assert all_stored(layout_of("compact-4bit", torch.bfloat16, 96), torch.bfloat16) == (
+        ("remainder", "bf16", "nibbles", True, 4),
+        ("softsign", "int8", "scale", True, 96),
+        ("root4", "uint8", "scale", True, 96),
+    )
+    assert all_stored(layout_of("fp16", torch.float16), torch.float16) == (
+        ("expansion", "fp16", "scaled fp16", True, 0),
+        ("rounded", "bf16", "", False, 0),
+        ("expansion", "bf16", "bf16", True, 0),
+    )
+    assert set(FORMS) == {Rounded, Expansion, Kahan, Master, Remainder, Blockwise}
 
 
 def test_the_kernels_know_the_contracts_records() -> None:
-    # step_block draws, and sums_of adds up, in this order.
+    # step_tile draws, and sums_of adds up, in this order.
     assert DRAWS == {"param": 0, "exp_avg_sq": 1, "exp_avg": 2}
     assert len(SUMS) == 8
     assert SUMS[:3] == ("moved_dot_update", "moved_hi_dot_update", "update_dot_update")

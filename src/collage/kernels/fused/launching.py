@@ -56,6 +56,7 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
                 tables.scalars,
                 tables.keys,
                 tables.powers,
+                tables.ratios,
                 partials,
                 scale,
                 tables.highs,

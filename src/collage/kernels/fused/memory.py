@@ -6,7 +6,7 @@ as int32.
 """
 
 # Triton's annotations are values, not types.
-# pyright: reportArgumentType=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false
 
 from __future__ import annotations
 

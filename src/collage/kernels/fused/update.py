@@ -16,7 +16,7 @@ from collage.kernels.fused import tables
 from collage.kernels.fused.advance import POWERS, SCALARS
 from collage.kernels.fused.elements import random_word
 from collage.kernels.fused.memory import alignment, load, load_parts, mask_of, offsets_of, store_parts
-from collage.kernels.fused.storages import exact, leading, moved, parts_of, value_of
+from collage.kernels.fused.storages import exact, leading, moved, parts_of, square_root, value_of
 
 ADDRESSES = tl.constexpr(tables.ADDRESSES)
 SUMS = tl.constexpr(len(contract.SUMS))
@@ -30,6 +30,7 @@ def step_kernel(
     scalars,
     keys,
     powers,
+    ratios,
     partials,
     grad_scale,
     highs: tl.int64,
@@ -53,6 +54,7 @@ def step_kernel(
         shapes: int64 [tensors, 3]: elements, index of the first one in the whole parameter, number of the first tile.
         owners: int32 [tiles]: each tile's tensor.
         scalars, keys, powers: as ``advance_kernel`` has left them.
+        ratios: float32 [256], what codes of a moment are times their scale, see ``tables.Tables``; else None.
         partials: float64 [tiles, SUMS], written if AUDIT.
         grad_scale: one float32 that the gradient is divided by, or None.
         highs: high halves of indices per tensor in ``keys``.
@@ -90,14 +92,14 @@ def step_kernel(
         wide &= start + SIZE <= numel
     if wide:
         sums += step_tile(
-            g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, grad_scale, beta2,
+            g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, ratios, grad_scale, beta2,
             PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, SIZE, ENTRY, COLUMNS, True,
         )  # fmt: skip
     else:
         # One element per thread keeps the registers of the other path at half of what they would be.
         while start < end:
             sums += step_tile(
-                g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, grad_scale, beta2,
+                g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, ratios, grad_scale, beta2,
                 PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, PIECE, ENTRY, COLUMNS, False,
             )  # fmt: skip
             start += PIECE // COLUMNS * ENTRY
@@ -117,6 +119,7 @@ def step_tile(
     scalar,
     keys,
     highs,
+    ratios,
     grad_scale,
     beta2,
     PARAM: tl.constexpr,
@@ -141,10 +144,10 @@ def step_tile(
         g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros(g.shape, tl.float32))
     if MAXIMIZE:
         g = g * -1.0
-    p = value_of(p1, p2, PARAM)
-    m = value_of(m1, m2, EXP_AVG) * tl.load(scalar) + g * tl.load(scalar + 1)
-    v = value_of(v1, v2, EXP_AVG_SQ) * tl.load(scalar + 2) + (g * g) * tl.load(scalar + 3)
-    u = tl.div_rn(m * tl.load(scalar + 4), tl.sqrt_rn(v) * tl.load(scalar + 5) + tl.load(scalar + 6))
+    p = value_of(p1, p2, ratios, PARAM)
+    m = value_of(m1, m2, ratios, EXP_AVG) * tl.load(scalar) + g * tl.load(scalar + 1)
+    v = value_of(v1, v2, ratios, EXP_AVG_SQ) * tl.load(scalar + 2) + (g * g) * tl.load(scalar + 3)
+    u = tl.div_rn(m * tl.load(scalar + 4), square_root(v, EXP_AVG_SQ) * tl.load(scalar + 5) + tl.load(scalar + 6))
     decay = tl.load(scalar + 7)
     # Without decay, a parameter that is not finite leaves the update alone.
     u = tl.where(decay != 0, u - p * decay, u)
@@ -156,19 +159,19 @@ def step_tile(
     mask = mask_of(start, numel, SIZE, ENTRY, COLUMNS)
     # Of rows: none of their elements is missing, or all are.
     columns = None if ENTRY == COLUMNS else mask
-    word = words_of(keys, first, start, offsets, highs, 0, FIRST_WORD, CROSSES, WORDS)
     word2 = words_of(keys, first, start, offsets, highs, 1, SECOND_WORD, CROSSES, WORDS)
     new_m1, new_m2 = parts_of(m, m, m1, m2, (word2 & 0xFFFF).to(tl.int32), columns, EXP_AVG)
-    new_v1, new_v2 = parts_of(v, v, v1, v2, (word >> 16).to(tl.int32), columns, EXP_AVG_SQ)
-    new_p1, new_p2 = parts_of(p + u, u, p1, p2, (word & 0xFFFF).to(tl.int32), columns, PARAM)
     store_parts(m_at, start, numel, new_m1, new_m2, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
+    word = words_of(keys, first, start, offsets, highs, 0, FIRST_WORD, CROSSES, WORDS)
+    new_v1, new_v2 = parts_of(v, v, v1, v2, (word >> 16).to(tl.int32), columns, EXP_AVG_SQ)
     store_parts(v_at, start, numel, new_v1, new_v2, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
+    new_p1, new_p2 = parts_of(p + u, u, p1, p2, (word & 0xFFFF).to(tl.int32), columns, PARAM)
     store_parts(p_at, start, numel, new_p1, new_p2, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     if AUDIT:
-        e = moved(new_p1, new_p2, p1, p2, PARAM)
+        e = moved(new_p1, new_p2, p1, p2, ratios, PARAM)
         e_hi = leading(new_p1, PARAM) - leading(p1, PARAM)
-        moved_v = moved(new_v1, new_v2, v1, v2, EXP_AVG_SQ)
-        old_v = exact(v1, v2, EXP_AVG_SQ)
+        moved_v = moved(new_v1, new_v2, v1, v2, ratios, EXP_AVG_SQ)
+        old_v = exact(v1, v2, ratios, EXP_AVG_SQ)
         return sums_of(mask, u.to(tl.float64), e, e_hi, g.to(tl.float64), old_v, moved_v, tl.load(beta2))
     else:
         return tl.zeros([SUMS], tl.float64)
