@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from fused_batches import HYPER, gradients, layout_of, make_batch, normal
+from fused_batches import BLOCKED, CASES, HYPER, gradients, layout_of, make_batch, normal
 
 from collage.kernels import fused
 from collage.kernels.contract import Hyper, Inputs
 from collage.kernels.fused.forms import all_stored
-from comparing import STRATEGIES, dtype_of
+from comparing import STRATEGIES
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
@@ -75,9 +75,11 @@ def driver(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         kernel.device_caches.clear()
 
 
-def stepped(driver: Driver, strategy: str, dtype: torch.dtype, grad: torch.dtype, audit: bool = False) -> list[Any]:
+def stepped(
+    driver: Driver, strategy: str, dtype: torch.dtype, grad: torch.dtype, audit: bool = False, block: int = 128
+) -> list[Any]:
     """The kernels that a step of one strategy compiles."""
-    batch = make_batch(layout_of(strategy, dtype), dtype, [5000])
+    batch = make_batch(layout_of(strategy, dtype, block), dtype, [5000])
     fused.step(batch, Inputs(HYPER, gradients(batch, grad, 0), audit=audit))
     return driver.compiled
 
@@ -98,26 +100,35 @@ def operations(kernel: Any) -> str:
     return kernel.asm["ptx"].split(".section")[0]
 
 
-def wide_accesses(stored: Any, dtype: torch.dtype, grad: torch.dtype) -> tuple[int, int]:
-    """16-byte loads and stores of a thread in a whole block, if no access is narrower."""
+BYTES = {"bf16": 2, "fp16": 2, "scaled fp16": 2, "fp32": 4, "int16": 2, "int8": 1, "uint8": 1, "nibbles": 0.5}
+
+
+def wide_accesses(stored: Any, dtype: torch.dtype, grad: torch.dtype) -> tuple[list[int], list[int]]:
+    """Loads and stores of 16 and of 8 bytes of a thread in a whole tile, if no access is narrower than it must be."""
     per_thread = launching.TILE // 32 // launching._warps(stored)
-    sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
-    written = [sizes[name] for each in stored for name in (each.first, each.second) if name]
+    written = [BYTES[name] for each in stored for name in (each.first, each.second) if name in BYTES]
     # The copy beside a master is not looked at.
     read = [*written, grad.itemsize]
     if stored[0].kind == "master":
         read.remove(dtype.itemsize)
-    return tuple(sum(per_thread * size // 16 for size in each if per_thread * size >= 16) for each in (read, written))
+    spans = [[int(per_thread * size) for size in each] for each in (read, written)]
+    loads, stores = ([sum(n // 16 for n in each), sum(n == 8 for n in each)] for each in spans)
+    return loads, stores
+
+
+def accesses(text: str, kind: str) -> list[int]:
+    """How many there are of 16 and of 8 bytes by a thread; the latter only of several elements."""
+    return [len(re.findall(rf"{kind}\.global\S*\.{vector}", text)) for vector in (r"(?:v4\.b32|v2\.b64)", r"v2\.b32")]
 
 
 @pytest.mark.parametrize("driver", [80, 90], indirect=True, ids="sm{}".format)
 @pytest.mark.parametrize(
-    ("strategy", "own"), [*((name, True) for name in STRATEGIES), ("plain", False), ("plus", False)]
+    ("strategy", "own"), [*((name, True) for name in STRATEGIES), ("plain", False), ("plus", False), ("compact", False)]
 )
 def test_every_strategy_rounds_as_written_in_16_byte_accesses_and_registers(
     driver: Driver, strategy: str, own: bool, tmp_path: Path
 ) -> None:
-    dtype = dtype_of(strategy)
+    dtype = next(dtype for name, dtype in CASES if name == strategy)
     grad = dtype if own else torch.float32
     advance, step = stepped(driver, strategy, dtype, grad)
     for kernel in (advance, step):
@@ -126,25 +137,36 @@ def test_every_strategy_rounds_as_written_in_16_byte_accesses_and_registers(
         assert not wrong
     assert {"div.rn.f64", "sqrt.rn.f64", "mul.rn.f64"} <= set(re.findall(r"[\w.]+", operations(advance)))
     text = operations(step)
-    # Two paths: whole blocks, and one element per thread.
+    # Two paths: whole tiles, and one element per thread.
     per_thread = launching.TILE // 32 // step.metadata.num_warps
-    assert text.count("div.rn.f32") == text.count("sqrt.rn.f32") == per_thread + 1
-    loads, stores = wide_accesses(all_stored(layout_of(strategy, dtype), dtype), dtype, grad)
-    assert len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", text)) == loads
-    assert len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", text)) == stores
-    assert "shared" not in text, "a conversion between layouts"
+    found, blocked = all_stored(layout_of(strategy, dtype), dtype), (strategy, dtype) in BLOCKED
+    if blocked:
+        # Besides, a division per softsign code, a root per root4 code, and three of these operations per root4 scale.
+        assert text.count("div.rn.f32") == 2 * (per_thread + 1) + 2
+        assert text.count("sqrt.rn.f32") == 2 * (per_thread + 1) + 4
+    else:
+        assert text.count("div.rn.f32") == text.count("sqrt.rn.f32") == per_thread + 1
+    loads, stores = wide_accesses(found, dtype, grad)
+    assert accesses(text, "ld") == loads
+    assert accesses(text, "st") == stores
+    # Conversions between layouts: of scales alone, which the threads of a row share.
+    assert set(re.findall(r"ttg.convert_layout.* : tensor<(\w+)xf32, .*->", step.asm["ttgir"])) <= {"8x1", "1x1"}
+    assert blocked or "shared" not in text
     used = resources(step, tmp_path)
-    assert used["STACK"] == used["LOCAL"] == 0, "registers spill"
-    assert used["REG"] <= 96
+    assert used["LOCAL"] == 0
+    # A pointer at most.
+    assert used["STACK"] <= (8 if blocked else 0), "registers spill"
+    assert used["REG"] <= (128 if blocked else 80)
     print(f"{strategy} {grad} sm{driver.target.arch}: {used['REG']} registers")
 
 
-@pytest.mark.parametrize("strategy", ["plain", "plus", "kahan", "mixed"])
-def test_an_audited_step_spills_nothing(driver: Driver, strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["plain", "plus", "kahan", "mixed", "exact", "compact-4bit"])
+def test_an_audited_step_spills_a_pointer_at_most(driver: Driver, strategy: str, tmp_path: Path) -> None:
     _, step, sums = stepped(driver, strategy, torch.bfloat16, torch.bfloat16, audit=True)
     for kernel in (step, sums):
         used = resources(kernel, tmp_path)
-        assert used["STACK"] == used["LOCAL"] == 0
+        assert used["LOCAL"] == 0
+        assert used["STACK"] <= 8
         assert not re.findall(r"\bfma\.\S*f(?:32|64)", operations(kernel))
     print(f"{strategy}: {resources(step, tmp_path)['REG']} registers")
 
@@ -159,6 +181,21 @@ def test_float16_rounds_by_the_conversion_to_nearest(driver: Driver, strategy: s
     used = resources(step, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
     print(f"{strategy}: {used['REG']} registers")
+
+
+@pytest.mark.parametrize("block", [122, 100, 96, 64, 32])
+def test_rows_of_any_length_spill_a_pointer_at_most_and_those_of_16_bytes_are_read_in_wide_accesses(
+    driver: Driver, block: int, tmp_path: Path
+) -> None:
+    dtype = torch.float16
+    _, step = stepped(driver, "compact", dtype, dtype, block=block)
+    if block % 8 == 0:
+        loads, stores = wide_accesses(all_stored(layout_of("compact", dtype, block), dtype), dtype, dtype)
+        assert (accesses(operations(step), "ld"), accesses(operations(step), "st")) == (loads, stores)
+    used = resources(step, tmp_path)
+    assert used["STACK"] <= 8
+    assert used["LOCAL"] == 0
+    print(f"blocks of {block}: {used['REG']} registers")
 
 
 def test_a_null_step_is_not_optimised_away(driver: Driver, tmp_path: Path) -> None:

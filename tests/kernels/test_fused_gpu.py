@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fused_batches import (
+    BLOCKED,
     CASES,
     HYPER,
     LOW,
@@ -55,9 +56,19 @@ def test_steps_are_the_eager_ones_for_any_bit_patterns(strategy: str, dtype: tor
         step_both(batch, other, Inputs(hyper, gradients(batch, torch.float32 if step else dtype, step, wild)))
 
 
+@pytest.mark.parametrize("block", [122, 100, 96, 32])
+@pytest.mark.parametrize(("strategy", "dtype"), BLOCKED)
+def test_rows_have_blocks_of_any_even_size(strategy: str, dtype: torch.dtype, block: int) -> None:
+    batch = make_batch(layout_of(strategy, dtype, block), dtype, [70_000, 900], wild, device="cuda")
+    other = copy_of(batch)
+    step_both(batch, other, Inputs(HYPER, gradients(batch, dtype, 0, wild)))
+    step_both(batch, other, Inputs(HYPER, gradients(batch, torch.float32, 1), audit=True))
+
+
 @pytest.mark.parametrize("dtype", LOW)
-def test_steps_on_the_gpu_are_those_on_the_cpu(dtype: torch.dtype) -> None:
-    batch = make_batch(layout_of("plus", dtype), dtype, SIZES)
+@pytest.mark.parametrize("strategy", ["plus", "compact", "compact-4bit", "naive-8bit"])
+def test_steps_on_the_gpu_are_those_on_the_cpu(strategy: str, dtype: torch.dtype) -> None:
+    batch = make_batch(layout_of(strategy, dtype), dtype, SIZES)
     other = make_batch(batch.layout, dtype, SIZES, device="cuda")
     for step in range(2):
         eager.step(batch, Inputs(HYPER, gradients(batch, dtype, step)))
@@ -67,15 +78,17 @@ def test_steps_on_the_gpu_are_those_on_the_cpu(dtype: torch.dtype) -> None:
     assert_same(batch, replace(other, params=params, states=states, steps=other.steps.cpu()))
 
 
-def test_unaligned_tensors_step_as_aligned_ones() -> None:
-    batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, [5000], device="cuda")
+@pytest.mark.parametrize("strategy", ["plus", "compact-4bit"])
+def test_unaligned_tensors_step_as_aligned_ones(strategy: str) -> None:
+    batch = make_batch(layout_of(strategy, torch.bfloat16), torch.bfloat16, [5000], device="cuda")
     other = copy_of(batch)
-    other.params = [torch.cat([other.params[0], other.params[0]])[5000 - 3 : -3].copy_(batch.params[0])]
+    size = len(batch.params[0])
+    other.params = [torch.cat([other.params[0], other.params[0]])[size - 3 : -3].copy_(batch.params[0])]
     assert other.params[0].data_ptr() % 16 != 0
     step_both(batch, other, Inputs(HYPER, gradients(batch, torch.bfloat16, 0)))
 
 
-@pytest.mark.parametrize("strategy", ["plain", "plus", "mixed"])
+@pytest.mark.parametrize("strategy", ["plain", "plus", "mixed", "compact-4bit"])
 def test_a_step_waits_for_nothing(strategy: str, synchronisation_is_an_error: Callable[[], None]) -> None:
     batch = make_batch(layout_of(strategy, torch.bfloat16), torch.bfloat16, SIZES, device="cuda")
     lr, found = torch.tensor(1e-3, device="cuda"), torch.zeros((), device="cuda")
@@ -99,7 +112,7 @@ def test_a_step_allocates_nothing_while_addresses_stay() -> None:
     assert batch.kept["triton"].uploads == 1
 
 
-@pytest.mark.parametrize("strategy", ["stochastic", "plus", "mixed"])
+@pytest.mark.parametrize("strategy", ["stochastic", "plus", "mixed", "compact"])
 def test_a_replayed_graph_steps_as_the_steps_would(strategy: str) -> None:
     batch = make_batch(layout_of(strategy, torch.bfloat16), torch.bfloat16, SIZES, device="cuda")
     other = copy_of(batch)

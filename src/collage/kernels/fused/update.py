@@ -137,34 +137,37 @@ def step_tile(
 ):
     """``eager._fp32`` of one tile, in its order. Returns its row of sums; zeros unless AUDIT."""
     g = load(g_at, start, numel, SIZE, ENTRY, COLUMNS, GRAD, WIDE)
-    p1, p2 = load_parts(p_at, start, numel, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     m1, m2 = load_parts(m_at, start, numel, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
     v1, v2 = load_parts(v_at, start, numel, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
+    p1, p2 = load_parts(p_at, start, numel, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     if grad_scale is not None:
         g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros(g.shape, tl.float32))
     if MAXIMIZE:
         g = g * -1.0
-    p = value_of(p1, p2, ratios, PARAM)
-    m = value_of(m1, m2, ratios, EXP_AVG) * tl.load(scalar) + g * tl.load(scalar + 1)
-    v = value_of(v1, v2, ratios, EXP_AVG_SQ) * tl.load(scalar + 2) + (g * g) * tl.load(scalar + 3)
-    u = tl.div_rn(m * tl.load(scalar + 4), square_root(v, EXP_AVG_SQ) * tl.load(scalar + 5) + tl.load(scalar + 6))
-    decay = tl.load(scalar + 7)
-    # Without decay, a parameter that is not finite leaves the update alone.
-    u = tl.where(decay != 0, u - p * decay, u)
-
-    # contract.DRAWS: param and exp_avg_sq share the first word.
-    FIRST_WORD: tl.constexpr = PARAM[3] or EXP_AVG_SQ[3]
-    SECOND_WORD: tl.constexpr = EXP_AVG[3]
     offsets = offsets_of(SIZE, ENTRY, COLUMNS)
     mask = mask_of(start, numel, SIZE, ENTRY, COLUMNS)
     # Of rows: none of their elements is missing, or all are.
     columns = None if ENTRY == COLUMNS else mask
+    # contract.DRAWS: param and exp_avg_sq share the first word.
+    FIRST_WORD: tl.constexpr = PARAM[3] or EXP_AVG_SQ[3]
+    SECOND_WORD: tl.constexpr = EXP_AVG[3]
+    # Each moment is stored as soon as it can be: of registers, the most are wanted here.
+    m = value_of(m1, m2, ratios, EXP_AVG) * tl.load(scalar) + g * tl.load(scalar + 1)
     word2 = words_of(keys, first, start, offsets, highs, 1, SECOND_WORD, CROSSES, WORDS)
     new_m1, new_m2 = parts_of(m, m, m1, m2, (word2 & 0xFFFF).to(tl.int32), columns, EXP_AVG)
     store_parts(m_at, start, numel, new_m1, new_m2, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
+
+    v = value_of(v1, v2, ratios, EXP_AVG_SQ) * tl.load(scalar + 2) + (g * g) * tl.load(scalar + 3)
     word = words_of(keys, first, start, offsets, highs, 0, FIRST_WORD, CROSSES, WORDS)
     new_v1, new_v2 = parts_of(v, v, v1, v2, (word >> 16).to(tl.int32), columns, EXP_AVG_SQ)
     store_parts(v_at, start, numel, new_v1, new_v2, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
+
+    root = square_root(v, EXP_AVG_SQ)
+    u = tl.div_rn(m * tl.load(scalar + 4), root * tl.load(scalar + 5) + tl.load(scalar + 6))
+    p = value_of(p1, p2, ratios, PARAM)
+    decay = tl.load(scalar + 7)
+    # Without decay, a parameter that is not finite leaves the update alone.
+    u = tl.where(decay != 0, u - p * decay, u)
     new_p1, new_p2 = parts_of(p + u, u, p1, p2, (word & 0xFFFF).to(tl.int32), columns, PARAM)
     store_parts(p_at, start, numel, new_p1, new_p2, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     if AUDIT:
