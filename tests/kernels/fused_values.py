@@ -37,7 +37,6 @@ from collage.kernels import eager, fused
 from collage.kernels.contract import Inputs, Layout
 from collage.kernels.fused import elements, launching, storages
 from collage.kernels.fused.forms import stored
-from collage.kernels.fused.tables import _ratios
 from collage.numerics import (
     BF16,
     FP16,
@@ -464,14 +463,14 @@ def test_remainders_are_those_of_the_definition(dtype: torch.dtype, extra: int, 
 
 
 @triton.jit
-def codes_kernel(values, draws, codes, scales, ratios, back, STORED: tl.constexpr, ROWS: tl.constexpr,
+def codes_kernel(values, draws, codes, scales, back, STORED: tl.constexpr, ROWS: tl.constexpr,
                  COLUMNS: tl.constexpr):  # fmt: skip
     rows = tl.arange(0, ROWS)[:, None]
     at = rows * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     x = tl.load(values + at)
     scale, finite = storages.scale_of(x, None, STORED)
     new = storages.codes_of(x, scale, finite, tl.load(draws + at), STORED)
-    tl.store(back + at, storages.value_of(tl.load(codes + at).to(tl.int32), tl.load(scales + rows), ratios, STORED))
+    tl.store(back + at, storages.value_of(tl.load(codes + at).to(tl.int32), tl.load(scales + rows), STORED))
     tl.store(codes + at, new)
     tl.store(scales + rows, scale)
 
@@ -498,7 +497,7 @@ def test_codes_are_those_of_the_definition(companding: str, rounding: str) -> No
     rows[again] = wanted.view(-1, 32)[again]
     storage.store(values.clone(), parts, draws.clone() if storage.stochastic else None, torch.empty(len(x)))
     options = {"STORED": tuple(stored(storage, "exp_avg", BF16.dtype) or ()), "ROWS": len(rows), "COLUMNS": 32}
-    args = (values, draws, codes, scales, _ratios(torch.device("cpu")), back)
+    args = (values, draws, codes, scales, back)
     launching.launch(codes_kernel, 1, *args, **options)
     assert torch.equal(bits(back), bits(wanted))
     assert torch.equal(bits(scales), bits(parts[1]))

@@ -56,7 +56,6 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
                 tables.scalars,
                 tables.keys,
                 tables.powers,
-                tables.ratios,
                 partials,
                 scale,
                 tables.highs,

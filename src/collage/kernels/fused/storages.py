@@ -49,8 +49,9 @@ def expansion(x, draw, STORED: tl.constexpr):
     """``Expansion.store``: rounds to the grid of lo, then splits. A nan passes through as some number without a lo."""
     FORMAT: tl.constexpr = STORED[1]
     SECOND: tl.constexpr = STORED[2]
+    STOCHASTIC: tl.constexpr = STORED[3]
     hi = nearest_number(x, FORMAT)
-    total = low_part(residual(x, hi), draw, FORMAT, SECOND, STORED[3]) + hi
+    total = low_part(residual(x, hi), draw, FORMAT, SECOND, STOCHASTIC) + hi
     hi = nearest_number(total, FORMAT)
     return or_nan(x, hi, FORMAT), low_part(residual(total, hi), draw, FORMAT, SECOND, False)
 
@@ -155,13 +156,13 @@ def codes_of(x, scale, finite, draw, STORED: tl.constexpr):
 
 
 @triton.jit
-def decoded(code, scale, ratios, STORED: tl.constexpr):
+def decoded(code, scale, STORED: tl.constexpr):
     """``Blockwise.load``."""
+    code = code.to(tl.float32)
     if STORED[0] == "softsign":
-        # A division less: a tenth of the instructions of a step with such a moment.
-        return tl.load(ratios + (code + 128)) * scale
+        return tl.div_rn(code, 254.0 - tl.abs(code)) * scale
     else:
-        root = code.to(tl.float32) * INVERSE_255
+        root = code * INVERSE_255
         square = root * root
         return (square * square) * scale
 
@@ -179,16 +180,18 @@ def square_root(x, STORED: tl.constexpr):
 
 
 @triton.jit
-def value_of(first, second, ratios, STORED: tl.constexpr):
-    """``Storage.load``. ``ratios`` are ``Tables.ratios``."""
+def value_of(first, second, STORED: tl.constexpr):
+    """``Storage.load``."""
+    FORMAT: tl.constexpr = STORED[1]
+    WIDTH: tl.constexpr = STORED[4]
     if STORED[0] == "rounded":
         return first
     elif STORED[0] == "master":
         return second
     elif STORED[0] == "remainder":
-        return join_remainder(first, second, STORED[1], STORED[4])
+        return join_remainder(first, second, FORMAT, WIDTH)
     elif STORED[2] == "scale":
-        return decoded(first, second, ratios, STORED)
+        return decoded(first, second, STORED)
     else:
         return second + first
 
@@ -202,6 +205,7 @@ def parts_of(total, update, first, second, draw, mask, STORED: tl.constexpr):
     """
     FORMAT: tl.constexpr = STORED[1]
     STOCHASTIC: tl.constexpr = STORED[3]
+    WIDTH: tl.constexpr = STORED[4]
     if STORED[0] == "rounded":
         new = or_nan(total, rounded_number(total, draw, FORMAT, STOCHASTIC), FORMAT)
         return new, new
@@ -210,7 +214,7 @@ def parts_of(total, update, first, second, draw, mask, STORED: tl.constexpr):
     elif STORED[0] == "kahan":
         return kahan(update, first, second, FORMAT)
     elif STORED[0] == "remainder":
-        return split_remainder(total, draw, FORMAT, STORED[4], STOCHASTIC)
+        return split_remainder(total, draw, FORMAT, WIDTH, STOCHASTIC)
     elif STORED[2] == "scale":
         scale, finite = scale_of(total, mask, STORED)
         return codes_of(total, scale, finite, draw, STORED), scale
@@ -230,23 +234,23 @@ def leading(first, STORED: tl.constexpr):
 
 
 @triton.jit
-def exact(first, second, ratios, STORED: tl.constexpr):
+def exact(first, second, STORED: tl.constexpr):
     """``Storage.exact``, in float64."""
     if STORED[0] == "rounded":
         return first.to(tl.float64)
     elif STORED[0] == "master":
         return second.to(tl.float64)
     elif STORED[0] == "remainder" or STORED[2] == "scale":
-        return value_of(first, second, ratios, STORED).to(tl.float64)
+        return value_of(first, second, STORED).to(tl.float64)
     else:
         return second.to(tl.float64) + first.to(tl.float64)
 
 
 @triton.jit
-def moved(first, second, old_first, old_second, ratios, STORED: tl.constexpr):
+def moved(first, second, old_first, old_second, STORED: tl.constexpr):
     """``Storage.moved``, in float64; the arguments are new and old components."""
     if STORED[0] == "remainder" or STORED[2] == "scale":
-        return exact(first, second, ratios, STORED) - exact(old_first, old_second, ratios, STORED)
+        return exact(first, second, STORED) - exact(old_first, old_second, STORED)
     else:
         by_first = first.to(tl.float64) - old_first.to(tl.float64)
         by_second = second.to(tl.float64) - old_second.to(tl.float64)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from collage.kernels.contract import DRAWS, SUMS, Batch
 from collage.kernels.fused.forms import Stored
-from collage.storage import Blockwise
 
 # Columns of a tensor's float32 row: beta1, 1 - beta1, beta2, 1 - beta2, step_size, inverse_bias_correction2_sqrt, eps,
 # decay (contract.Scalars), and whether the step is skipped.
@@ -31,7 +30,6 @@ class Tables:
         words: 32-bit random words that an element takes in a step.
         highs: high halves of element indices that a tensor may span.
         tiles: number of tiles over all tensors.
-        ratios: float32 [256]: the value of each softsign code from -128 on, for a scale of 1; None without such codes.
         uploads: how often the table of addresses was written.
     """
 
@@ -63,7 +61,6 @@ class Tables:
         self.powers = torch.zeros(count, POWERS, dtype=torch.float64, device=self.device)
         size = (count, self.highs, max(self.words, 1), 2)
         self.keys = torch.zeros(size, dtype=torch.int32, device=self.device)
-        self.ratios = _ratios(self.device) if any(each.kind == "softsign" for each in stored) else None
         self._partials: Tensor | None = None
 
         self.uploads = 0
@@ -117,13 +114,6 @@ class Tables:
         """int64 values on the device, without a synchronisation: torch keeps pinned memory until its copy is done."""
         host = torch.tensor(values, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         return host.to(self.device, non_blocking=True)
-
-
-def _ratios(device: torch.device) -> Tensor:
-    """What the definition makes of every code."""
-    storage = Blockwise("softsign", block=256)
-    codes = torch.arange(-128, 128, dtype=torch.int8)
-    return storage.load((codes, torch.ones(1)), torch.empty(256)).to(device)
 
 
 def _other_names(batch: Batch) -> list[str]:

@@ -30,7 +30,6 @@ def step_kernel(
     scalars,
     keys,
     powers,
-    ratios,
     partials,
     grad_scale,
     highs: tl.int64,
@@ -54,7 +53,6 @@ def step_kernel(
         shapes: int64 [tensors, 3]: elements, index of the first one in the whole parameter, number of the first tile.
         owners: int32 [tiles]: each tile's tensor.
         scalars, keys, powers: as ``advance_kernel`` has left them.
-        ratios: float32 [256], what codes of a moment are times their scale, see ``tables.Tables``; else None.
         partials: float64 [tiles, SUMS], written if AUDIT.
         grad_scale: one float32 that the gradient is divided by, or None.
         highs: high halves of indices per tensor in ``keys``.
@@ -92,14 +90,14 @@ def step_kernel(
         wide &= start + SIZE <= numel
     if wide:
         sums += step_tile(
-            g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, ratios, grad_scale, beta2,
+            g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, grad_scale, beta2,
             PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, SIZE, ENTRY, COLUMNS, True,
         )  # fmt: skip
     else:
         # One element per thread keeps the registers of the other path at half of what they would be.
         while start < end:
             sums += step_tile(
-                g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, ratios, grad_scale, beta2,
+                g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, grad_scale, beta2,
                 PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, PIECE, ENTRY, COLUMNS, False,
             )  # fmt: skip
             start += PIECE // COLUMNS * ENTRY
@@ -119,7 +117,6 @@ def step_tile(
     scalar,
     keys,
     highs,
-    ratios,
     grad_scale,
     beta2,
     PARAM: tl.constexpr,
@@ -152,29 +149,29 @@ def step_tile(
     FIRST_WORD: tl.constexpr = PARAM[3] or EXP_AVG_SQ[3]
     SECOND_WORD: tl.constexpr = EXP_AVG[3]
     # Each moment is stored as soon as it can be: of registers, the most are wanted here.
-    m = value_of(m1, m2, ratios, EXP_AVG) * tl.load(scalar) + g * tl.load(scalar + 1)
+    m = value_of(m1, m2, EXP_AVG) * tl.load(scalar) + g * tl.load(scalar + 1)
     word2 = words_of(keys, first, start, offsets, highs, 1, SECOND_WORD, CROSSES, WORDS)
     new_m1, new_m2 = parts_of(m, m, m1, m2, (word2 & 0xFFFF).to(tl.int32), columns, EXP_AVG)
     store_parts(m_at, start, numel, new_m1, new_m2, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
 
-    v = value_of(v1, v2, ratios, EXP_AVG_SQ) * tl.load(scalar + 2) + (g * g) * tl.load(scalar + 3)
+    v = value_of(v1, v2, EXP_AVG_SQ) * tl.load(scalar + 2) + (g * g) * tl.load(scalar + 3)
     word = words_of(keys, first, start, offsets, highs, 0, FIRST_WORD, CROSSES, WORDS)
     new_v1, new_v2 = parts_of(v, v, v1, v2, (word >> 16).to(tl.int32), columns, EXP_AVG_SQ)
     store_parts(v_at, start, numel, new_v1, new_v2, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
 
     root = square_root(v, EXP_AVG_SQ)
     u = tl.div_rn(m * tl.load(scalar + 4), root * tl.load(scalar + 5) + tl.load(scalar + 6))
-    p = value_of(p1, p2, ratios, PARAM)
+    p = value_of(p1, p2, PARAM)
     decay = tl.load(scalar + 7)
     # Without decay, a parameter that is not finite leaves the update alone.
     u = tl.where(decay != 0, u - p * decay, u)
     new_p1, new_p2 = parts_of(p + u, u, p1, p2, (word & 0xFFFF).to(tl.int32), columns, PARAM)
     store_parts(p_at, start, numel, new_p1, new_p2, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     if AUDIT:
-        e = moved(new_p1, new_p2, p1, p2, ratios, PARAM)
+        e = moved(new_p1, new_p2, p1, p2, PARAM)
         e_hi = leading(new_p1, PARAM) - leading(p1, PARAM)
-        moved_v = moved(new_v1, new_v2, v1, v2, ratios, EXP_AVG_SQ)
-        old_v = exact(v1, v2, ratios, EXP_AVG_SQ)
+        moved_v = moved(new_v1, new_v2, v1, v2, EXP_AVG_SQ)
+        old_v = exact(v1, v2, EXP_AVG_SQ)
         return sums_of(mask, u.to(tl.float64), e, e_hi, g.to(tl.float64), old_v, moved_v, tl.load(beta2))
     else:
         return tl.zeros([SUMS], tl.float64)
