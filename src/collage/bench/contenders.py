@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import collage
+from collage.bench.readings import MASTER, OWN, PLAIN, Reads
 from collage.storage import Master
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 HYPER: dict[str, Any] = {"lr": 1e-3, "betas": BETAS, "eps": EPS, "weight_decay": 1e-2}
-"""The hyper-parameters of every contender."""
+"""The hyper-parameters of every contender of `collage bench step`."""
 
 
 class Stepper(Protocol):
@@ -27,7 +28,14 @@ class Stepper(Protocol):
         ...
 
 
-Build = Callable[[list[nn.Parameter]], Stepper]
+class Build(Protocol):
+    """Makes an optimizer; hyper-parameters that are given replace those of `HYPER`."""
+
+    def __call__(self, params: list[nn.Parameter], **hyper: Any) -> Stepper:
+        """The optimizer over these parameters."""
+        ...
+
+
 Widths = tuple[tuple[int, ...], tuple[int, ...]]
 """Item sizes of a null kernel's streams: those it reads and writes back, those it only reads."""
 
@@ -84,6 +92,7 @@ class Contender:
         most_tensors: above so many parameters it is left out: it compiles them into one graph, for hours; None where it
             does not.
         note: what a reader of its row should know.
+        reads: how to read what it holds.
     """
 
     name: str
@@ -99,6 +108,7 @@ class Contender:
     spoils_gradients: bool = False
     most_tensors: int | None = None
     note: str = ""
+    reads: Reads = PLAIN
 
 
 def short(dtype: torch.dtype) -> str:
@@ -126,20 +136,20 @@ def parameter_dtype(strategy: collage.Strategy, dtype: torch.dtype) -> torch.dty
     return strategy.param.components(dtype)[0].dtype
 
 
-def own_contenders(strategies: Iterable[str], backends: Iterable[str], dtype: torch.dtype) -> list[Contender]:
-    """Every strategy with every backend, strategies in the outer order."""
+def own_contenders(strategies: Iterable[str], backends: Iterable[str | None], dtype: torch.dtype) -> list[Contender]:
+    """Every strategy with every backend (None: the fastest that serves it), strategies in the outer order."""
     known, backends = collage.strategies(), list(backends)
     return [_own(known[strategy], backend, dtype) for strategy in strategies for backend in backends]
 
 
-def _own(strategy: collage.Strategy, backend: str, dtype: torch.dtype) -> Contender:
+def _own(strategy: collage.Strategy, backend: str | None, dtype: torch.dtype) -> Contender:
     dtype = parameter_dtype(strategy, dtype)
 
-    def build(params: list[nn.Parameter]) -> Stepper:
-        return collage.AdamW(params, **HYPER, strategy=strategy, backend=backend)
+    def build(params: list[nn.Parameter], **hyper: Any) -> Stepper:
+        return collage.AdamW(params, **{**HYPER, **hyper}, strategy=strategy, backend=backend)
 
     return Contender(
-        name=f"collage {strategy.name}, {backend}",
+        name=f"collage {strategy.name}" if backend is None else f"collage {strategy.name}, {backend}",
         kind="collage",
         build=build,
         streams=strategy_streams(strategy, dtype),
@@ -148,6 +158,7 @@ def _own(strategy: collage.Strategy, backend: str, dtype: torch.dtype) -> Conten
         strategy=strategy.name,
         backend=backend,
         note=strategy.summary,
+        reads=OWN,
     )
 
 
@@ -165,13 +176,13 @@ class MasterAdamW:
     Three passes: gradients up, step, parameters down, on kept buffers.
     """
 
-    def __init__(self, params: list[nn.Parameter]) -> None:
+    def __init__(self, params: list[nn.Parameter], **hyper: Any) -> None:
         self._params = params
         self._masters = [nn.Parameter(param.detach().float()) for param in params]
         self._grads: list[Tensor] = [torch.empty_like(master) for master in self._masters]
         for master, grad in zip(self._masters, self._grads, strict=True):
             master.grad = grad
-        self._optimizer = torch.optim.AdamW(self._masters, **HYPER, fused=True)
+        self._optimizer = torch.optim.AdamW(self._masters, **{**HYPER, **hyper}, fused=True)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -187,7 +198,10 @@ class MasterAdamW:
 
 
 def _torch(**options: Any) -> Build:
-    return lambda params: torch.optim.AdamW(params, **HYPER, **options)
+    def build(params: list[nn.Parameter], **hyper: Any) -> Stepper:
+        return torch.optim.AdamW(params, **{**HYPER, **hyper}, **options)
+
+    return build
 
 
 _PLAIN = Streams((2, 2, 2), (2,))
@@ -209,8 +223,10 @@ def reference(dtype: torch.dtype) -> Contender:
 def torch_contenders(dtype: torch.dtype) -> list[Contender]:
     """torch's other ways to do the same step."""
 
-    def contender(name: str, build: Build, streams: Streams, note: str, of: torch.dtype = dtype) -> Contender:
-        return Contender(f"torch {name}", "torch", build, streams, of, "torch", peer="torch", note=note)
+    def contender(
+        name: str, build: Build, streams: Streams, note: str, of: torch.dtype = dtype, reads: Reads = PLAIN
+    ) -> Contender:
+        return Contender(f"torch {name}", "torch", build, streams, of, "torch", peer="torch", note=note, reads=reads)
 
     low, lossy = short(dtype), "loses small updates"
     return [
@@ -220,6 +236,7 @@ def torch_contenders(dtype: torch.dtype) -> list[Contender]:
             Streams((4, 4, 4), (2,), (2,)),
             "gradient up, step, parameter down: three passes, which move 40 bytes; 4 bytes of its state are its "
             "float32 gradients",
+            reads=MASTER,
         ),
         contender("fused fp32", _torch(fused=True), Streams((4, 4, 4), (4,)), "all in float32", torch.float32),
         contender(f"foreach {low}", _torch(foreach=True), _PLAIN, lossy),

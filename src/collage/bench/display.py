@@ -29,7 +29,10 @@ def duration(seconds: float) -> str:
 
 
 class BenchDisplay:
-    """Shows how a benchmark goes; a `collage.bench.timing.Watcher`. Without a terminal: a line for each phase."""
+    """Shows how a benchmark goes; a Watcher of `collage.bench.timing` and of `collage.bench.precision`.
+
+    Without a terminal: a line for each phase.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -67,6 +70,20 @@ class BenchDisplay:
         """The rounds that come next take about so long."""
         self.say(f"rounds: about {duration(seconds)}")
         self._bars.reset(self._task, description="rounds", total=seconds)
+
+    def expects(self, steps: int) -> None:
+        """So many steps are to come, over all runs."""
+        self._bars.reset(self._task, description="building", total=steps)
+
+    def begins(self, what: str) -> None:
+        """A run begins that is made of steps."""
+        self._bars.update(self._task, description=what, refresh=True)
+        if not self.console.is_terminal:
+            self.say(what)
+
+    def stepped(self) -> None:
+        """A step of all contenders is over."""
+        self.took_turn("", 1.0)
 
     def took_turn(self, name: str, seconds: float) -> None:
         """A turn is over."""

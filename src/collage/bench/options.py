@@ -1,4 +1,4 @@
-"""What the options of `collage bench step` mean: refusals are made here, before anything is timed."""
+"""What the options of the benchmarks mean: refusals are made here, before anything is timed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import collage
 from collage.bench.contenders import own_contenders, reference
 from collage.bench.peers import peer_contenders, peer_names
 from collage.bench.plan import Plan, free_memory
+from collage.bench.precision import ROW, PrecisionPlan
 from collage.bench.shapes import DEFAULT, shape_sets
 from collage.train.config import UserError
 
@@ -115,6 +116,29 @@ def make_plan(
         budget=budget,
         memory=MEMORY_SHARE[device.type] * free_memory(device) if memory is None else 1e9 * memory,
     )
+
+
+LEAST_ELEMENTS = 4096
+"""Smaller tensors are kept otherwise than large ones by those who keep moments in blocks."""
+
+
+def make_precision_plan(
+    *, strategies: str | None, peers: str, device: torch.device, elements: int, steps: int
+) -> PrecisionPlan:
+    """What the options of `collage bench precision` ask for.
+
+    Raises:
+        UserError: an option that cannot be followed.
+    """
+    if elements < LEAST_ELEMENTS or elements % (2 * ROW):
+        raise UserError(f"--elements must be a multiple of {2 * ROW}, at least {LEAST_ELEMENTS}, got {elements}")
+    if steps < 10:
+        raise UserError(f"--steps must be >= 10, got {steps}")
+    dtype = torch.bfloat16
+    chosen = peer_names(names(peers, "--peers"))
+    own = own_contenders(_strategies(strategies), [None], dtype)
+    controls = [reference(dtype)] if "torch" in chosen else []
+    return PrecisionPlan((*own, *controls, *peer_contenders(chosen, dtype, device)), device, elements, steps)
 
 
 def check_writable(path: Path) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from collage.bench import readings
 from collage.bench.contenders import HYPER, Build, Contender, Stepper, Streams, short, torch_contenders
+from collage.bench.readings import PLAIN, Reads
 from collage.train.config import UserError
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -33,6 +35,7 @@ class Variant:
         dtypes: of parameters that it serves.
         spoils_gradients, most_tensors: see `Contender`.
         note: what a reader of its row should know.
+        reads: how to read what it holds.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Variant:
     spoils_gradients: bool = False
     most_tensors: int | None = None
     note: str = ""
+    reads: Reads = PLAIN
 
 
 @dataclass(frozen=True)
@@ -84,37 +88,37 @@ class Peer:
 
 
 def _made(module: str, name: str, **options: Any) -> Build:
-    def build(params: list[nn.Parameter]) -> Stepper:
-        return getattr(import_module(module), name)(params, **options)
+    def build(params: list[nn.Parameter], **hyper: Any) -> Stepper:
+        return getattr(import_module(module), name)(params, **{**HYPER, **options, **hyper})
 
     return build
 
 
 def _deepspeed(fp32_optimizer_states: bool) -> Build:
-    build = _made("deepspeed.ops.adam", "DeepSpeedCPUAdam", **HYPER, fp32_optimizer_states=fp32_optimizer_states)
+    build = _made("deepspeed.ops.adam", "DeepSpeedCPUAdam", fp32_optimizer_states=fp32_optimizer_states)
 
-    def on_cpu(params: list[nn.Parameter]) -> Stepper:
+    def on_cpu(params: list[nn.Parameter], **hyper: Any) -> Stepper:
         # Read when deepspeed is first imported; without it a machine with a GPU builds for that.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        return build(params)
+        return build(params, **hyper)
 
     return on_cpu
 
 
 def _transformer_engine(params: list[nn.Parameter], **options: Any) -> Stepper:
     module = import_module("transformer_engine.pytorch.optimizers")
-    return module.FusedAdam(params, **HYPER, adam_w_mode=True, master_weights=True, **options)
+    return module.FusedAdam(params, **{**HYPER, **options}, adam_w_mode=True, master_weights=True)
 
 
-def _transformer_engine_remainders(params: list[nn.Parameter]) -> Stepper:
-    return _transformer_engine(params, store_param_remainders=True)
+def _transformer_engine_remainders(params: list[nn.Parameter], **hyper: Any) -> Stepper:
+    return _transformer_engine(params, store_param_remainders=True, **hyper)
 
 
 _KEPT_BF16 = Streams((2, 2, 2), (2,))
 _KAHAN = Streams((2, 2, 2, 2), (2,))
 _FP32_MOMENTS = Streams((2, 4, 4), (2,))
 _8_BIT_MOMENTS = Streams((2, 1, 1), (2,))
-_OPTIMI = {**HYPER, "kahan_sum": True, "triton": False}
+_OPTIMI = {"kahan_sum": True, "triton": False}
 _TORCH_COMPILED, _LOSSY = "compiled by torch", "loses small updates"
 
 PEERS = (
@@ -123,9 +127,19 @@ PEERS = (
         "torch-optimi",
         "optimi",
         (
-            Variant("Kahan, foreach", _made("optimi", "AdamW", **_OPTIMI, foreach=True), _KAHAN, spoils_gradients=True),
             Variant(
-                "Kahan, for-loop", _made("optimi", "AdamW", **_OPTIMI, foreach=False), _KAHAN, spoils_gradients=True
+                "Kahan, foreach",
+                _made("optimi", "AdamW", **_OPTIMI, foreach=True),
+                _KAHAN,
+                spoils_gradients=True,
+                reads=readings.OPTIMI,
+            ),
+            Variant(
+                "Kahan, for-loop",
+                _made("optimi", "AdamW", **_OPTIMI, foreach=False),
+                _KAHAN,
+                spoils_gradients=True,
+                reads=readings.OPTIMI,
             ),
         ),
     ),
@@ -133,7 +147,15 @@ PEERS = (
         "optimi-triton",
         "torch-optimi",
         "optimi",
-        (Variant("Kahan", _made("optimi", "AdamW", **{**_OPTIMI, "triton": True}), _KAHAN, spoils_gradients=True),),
+        (
+            Variant(
+                "Kahan",
+                _made("optimi", "AdamW", **{**_OPTIMI, "triton": True}),
+                _KAHAN,
+                spoils_gradients=True,
+                reads=readings.OPTIMI,
+            ),
+        ),
         devices=("cuda",),
         needs=("triton",),
     ),
@@ -144,20 +166,20 @@ PEERS = (
         (
             Variant(
                 "stochastic rounding",
-                _made("torchao.optim", "_AdamW", **HYPER, bf16_stochastic_round=True),
+                _made("torchao.optim", "_AdamW", bf16_stochastic_round=True),
                 _KEPT_BF16,
                 (BF16,),
                 note=_TORCH_COMPILED,
             ),
             Variant(
                 "8-bit moments",
-                _made("torchao.optim", "AdamW8bit", **HYPER),
+                _made("torchao.optim", "AdamW8bit"),
                 _8_BIT_MOMENTS,
                 note=f"{_TORCH_COMPILED}; {_LOSSY}",
             ),
             Variant(
                 "fp8 moments",
-                _made("torchao.optim", "AdamWFp8", **HYPER),
+                _made("torchao.optim", "AdamWFp8"),
                 _8_BIT_MOMENTS,
                 note=f"{_TORCH_COMPILED}; {_LOSSY}",
             ),
@@ -168,8 +190,20 @@ PEERS = (
         "bitsandbytes",
         "bitsandbytes",
         (
-            Variant("fp32 moments", _made("bitsandbytes.optim", "AdamW32bit", **HYPER), _FP32_MOMENTS, note=_LOSSY),
-            Variant("8-bit moments", _made("bitsandbytes.optim", "AdamW8bit", **HYPER), _8_BIT_MOMENTS, note=_LOSSY),
+            Variant(
+                "fp32 moments",
+                _made("bitsandbytes.optim", "AdamW32bit"),
+                _FP32_MOMENTS,
+                note=_LOSSY,
+                reads=readings.BITSANDBYTES,
+            ),
+            Variant(
+                "8-bit moments",
+                _made("bitsandbytes.optim", "AdamW8bit"),
+                _8_BIT_MOMENTS,
+                note=_LOSSY,
+                reads=readings.BITSANDBYTES,
+            ),
         ),
     ),
     Peer(
@@ -179,19 +213,21 @@ PEERS = (
         (
             Variant(
                 "stochastic rounding",
-                _made("heavyball", "AdamW", **HYPER),
+                _made("heavyball", "AdamW"),
                 _FP32_MOMENTS,
                 (BF16,),
                 most_tensors=300,
                 note=_TORCH_COMPILED,
+                reads=readings.HEAVYBALL,
             ),
             Variant(
                 "bf16+8",
-                _made("heavyball", "AdamW", **HYPER, ecc="bf16+8", param_ecc="bf16+8"),
+                _made("heavyball", "AdamW", ecc="bf16+8", param_ecc="bf16+8"),
                 Streams((2, 1, 2, 1, 2, 1), (2,)),
                 (BF16,),
                 most_tensors=300,
                 note=_TORCH_COMPILED,
+                reads=readings.HEAVYBALL,
             ),
         ),
     ),
@@ -212,7 +248,14 @@ PEERS = (
         "flashoptim",
         "flashoptim",
         "flashoptim",
-        (Variant("24-bit, 8-bit moments", _made("flashoptim", "FlashAdamW", **HYPER), Streams((2, 1, 1, 1), (2,))),),
+        (
+            Variant(
+                "24-bit, 8-bit moments",
+                _made("flashoptim", "FlashAdamW"),
+                Streams((2, 1, 1, 1), (2,)),
+                reads=readings.FLASHOPTIM,
+            ),
+        ),
         devices=("cuda",),
         needs=("triton",),
     ),
@@ -221,9 +264,18 @@ PEERS = (
         "transformer-engine",
         "transformer_engine",
         (
-            Variant("FusedAdam, fp32 master", _transformer_engine, Streams((4, 4, 4), (2,), (2,))),
             Variant(
-                "FusedAdam, 16-bit remainder", _transformer_engine_remainders, Streams((2, 2, 4, 4), (2,)), (BF16,)
+                "FusedAdam, fp32 master",
+                _transformer_engine,
+                Streams((4, 4, 4), (2,), (2,)),
+                reads=readings.TRANSFORMER_ENGINE,
+            ),
+            Variant(
+                "FusedAdam, 16-bit remainder",
+                _transformer_engine_remainders,
+                Streams((2, 2, 4, 4), (2,)),
+                (BF16,),
+                reads=readings.TRANSFORMER_ENGINE_REMAINDERS,
             ),
         ),
         devices=("cuda",),
@@ -273,6 +325,7 @@ def _contender(peer: Peer, variant: Variant, dtype: torch.dtype, unavailable: st
         unavailable=unavailable,
         peer=peer.name,
         spoils_gradients=variant.spoils_gradients,
+        reads=variant.reads,
         most_tensors=variant.most_tensors,
         note=variant.note,
     )

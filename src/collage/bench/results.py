@@ -21,7 +21,8 @@ from collage.bench.step import Measured
 from collage.train.config import UserError
 from collage.train.runfiles import commit, device_name
 
-KIND = "bench step"
+STEP, PRECISION = "bench step", "bench precision"
+KINDS = (STEP, PRECISION)
 VARIABLES = (
     "ATEN_",
     "COLLAGE_",
@@ -79,20 +80,31 @@ def _versions(contenders: Sequence[Contender]) -> dict[str, str]:
     return known | {name: found for name in names if (found := package_version(name))}
 
 
-def facts(plan: Plan, command: str) -> dict[str, Any]:
-    """What the file says of the run as a whole, taken before it begins."""
+def facts(kind: str, contenders: Sequence[Contender], device: torch.device, command: str) -> dict[str, Any]:
+    """What a file says of a run of any kind as a whole, taken before it begins."""
     return {
-        "kind": KIND,
-        "device": device_name(plan.device),
-        "versions": _versions(plan.contenders),
+        "kind": kind,
+        "device": device_name(device),
+        "versions": _versions(contenders),
         "commit": commit(),
         "command": command,
         "threads": torch.get_num_threads(),
         "environment": environment(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "rounds": plan.rounds,
-        "budget_s": plan.budget,
-        "reference": plan.reference.name,
+    }
+
+
+def step_facts(plan: Plan, command: str) -> dict[str, Any]:
+    """What the file of `collage bench step` says of its run."""
+    own = {"rounds": plan.rounds, "budget_s": plan.budget, "reference": plan.reference.name}
+    return {**facts(STEP, plan.contenders, plan.device, command), **own}
+
+
+def of_run(run: dict[str, Any]) -> dict[str, Any]:
+    """What every row repeats of its run."""
+    return {
+        **{key: run[key] for key in ("device", "threads", "commit", "command", "created")},
+        "torch": run["versions"]["torch"],
     }
 
 
@@ -128,8 +140,7 @@ def row(measured: Measured, run: dict[str, Any]) -> dict[str, Any]:
         "null_share": _median(measured.shares),
         "null_reason": measured.null_reason or None,
         "state_bytes_per_param": None if state is None else state / parameters,
-        **{key: run[key] for key in ("device", "threads", "commit", "command", "created")},
-        "torch": run["versions"]["torch"],
+        **of_run(run),
     }
 
 
@@ -153,10 +164,13 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result["kind"] != KIND or not isinstance(result["rows"], list):
-            raise UserError(f'{path} must be a result of kind "{KIND}", got {result["kind"]!r}')
+        if result["kind"] not in KINDS or not isinstance(result["rows"], list):
+            kinds = " or ".join(f'"{kind}"' for kind in KINDS)
+            raise UserError(f"{path} must be a result of kind {kinds}, got {result['kind']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} must be a file that `collage bench step --json` wrote: {error!r}") from error
+        raise UserError(
+            f"{path} must be a file that `collage bench step` or `collage bench precision` wrote with --json: {error!r}"
+        ) from error
     return result

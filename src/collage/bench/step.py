@@ -101,7 +101,7 @@ def _null_entry(step: NullStep, shapes: ShapeSet, widths: Widths, plan: Plan, cl
 
 
 @contextlib.contextmanager
-def _quiet(contender: Contender) -> Iterator[None]:
+def quiet(contender: Contender) -> Iterator[None]:
     """Without the warnings of other packages, which would run through the progress bar."""
     if contender.kind != "peer":
         yield
@@ -119,7 +119,7 @@ def _quiet(contender: Contender) -> Iterator[None]:
 def _entry(contender: Contender, shapes: ShapeSet, values: Values, plan: Plan, clock: Clock) -> _Entry:
     """Builds a contender and warms it up."""
     entry = _Entry(contender.name, shapes, Lane(contender.name, lambda: None), contender)
-    with _quiet(contender):
+    with quiet(contender):
         try:
             params = values.parameters(contender.dtype)
             grads = [param.grad for param in params if param.grad is not None]
