@@ -18,19 +18,19 @@ SMALL = ("--rounds", 2, "--threads", 1)
 Bench = Callable[..., dict[str, Any]]
 
 
-def fails(params: Any) -> Any:
+def fails(params: Any, **hyper: Any) -> Any:
     """An optimizer that cannot be built."""
     raise RuntimeError("no such instruction\nand more lines")
 
 
-def sleeps(params: Any) -> Any:
+def sleeps(params: Any, **hyper: Any) -> Any:
     """An optimizer whose steps change nothing."""
     return torch.optim.SGD(params, lr=0.0)
 
 
-def adamw(params: Any) -> Any:
+def adamw(params: Any, **hyper: Any) -> Any:
     """An optimizer that works."""
-    return torch.optim.AdamW(params, **HYPER)
+    return torch.optim.AdamW(params, **{**HYPER, **hyper})
 
 
 def peer(name: str, module: str, *variants: Variant, **options: Any) -> Peer:

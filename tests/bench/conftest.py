@@ -30,13 +30,13 @@ def few_shapes_and_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """Runs `collage bench step` in this process; gives its JSON, with what it printed as "printed"."""
+def run_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Runs a command of `collage bench` in this process; gives its JSON, with what it printed as "printed"."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: object) -> dict[str, Any]:
         path = tmp_path / "rows.json"
-        command = ["bench", "step", "--shapes", "tiny", *SMALL, "--json", path, *arguments]
+        command = ["bench", *arguments, "--json", path]
         monkeypatch.setattr("sys.argv", ["collage", *map(str, command)])
         with pytest.raises(SystemExit) as stopped:
             cli.main([str(each) for each in command])
@@ -44,3 +44,9 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         return {**json.loads(path.read_text(encoding="utf-8")), "printed": capsys.readouterr().out}
 
     return run
+
+
+@pytest.fixture
+def bench(run_bench: Bench) -> Bench:
+    """Runs `collage bench step` on tiny shapes."""
+    return lambda *arguments: run_bench("step", "--shapes", "tiny", *SMALL, *arguments)

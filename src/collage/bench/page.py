@@ -1,24 +1,30 @@
-"""The page of a folder of results: README.md with tables and plots, made from the JSON files beside it alone."""
+"""The pages of a folder of results: tables and plots, made from the JSON files beside them alone.
+
+README.md is about the step (`collage bench step`), precision.md about what it delivers (`collage bench precision`).
+"""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from collage.bench.columns import COLUMNS, MEANINGS, Row, heading, left_out, shown_columns
-from collage.bench.plots import draw
-from collage.bench.results import read
+from collage.bench import delivered
+from collage.bench.columns import MEANINGS, Column, Row, heading, left_out, shown_columns
+from collage.bench.plots import draw, draw_delivered
+from collage.bench.results import PRECISION, STEP, read
 from collage.report.style import LIGHT
 from collage.train.config import UserError
 from collage.train.runfiles import write_text
 
-PAGE, PLOTS = "README.md", "plots"
+PAGE, PRECISION_PAGE, PLOTS = "README.md", "precision.md", "plots"
+Result = dict[str, Any]
 
 
 def write_page(folder: Path) -> Path:
-    """Writes README.md and plots/ for the results in `folder`; returns the page's path.
+    """Writes README.md and plots/ for the results in `folder`, and precision.md where there are such results; returns
+    the path of README.md.
 
     Raises:
         UserError: no such folder, or a file in it that is no result.
@@ -26,24 +32,45 @@ def write_page(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"the folder of results must exist, got {folder}; make it and put files of --json there")
     results = [(path, read(path)) for path in sorted(folder.glob("*.json"))]
-    sections = [line for path, result in results for line in _section(path, result)]
-    if not results:
-        sections = ["No results yet."]
+    of_kind = {kind: [pair for pair in results if pair[1]["kind"] == kind] for kind in (STEP, PRECISION)}
+    if of_kind[PRECISION]:
+        _write(folder / PRECISION_PAGE, _precision_head(), of_kind[PRECISION], _delivered)
     page = folder / PAGE
-    write_text(page, "\n".join([*_head(), *sections]).rstrip() + "\n")
+    _write(page, _head(bool(of_kind[PRECISION])), of_kind[STEP], _steps)
     return page
 
 
-def _head() -> list[str]:
+def _write(
+    page: Path, head: list[str], results: list[tuple[Path, Result]], body: Callable[[Path, Result], list[str]]
+) -> None:
+    sections = [line for path, result in results for line in [*_section(path, result), *body(path, result)]]
+    write_text(page, "\n".join([*head, *(sections or ["No results yet."])]).rstrip() + "\n")
+
+
+def _head(precise: bool) -> list[str]:
     return [
         "# Optimizer step: results",
         "",
-        "Made by `collage bench page` from the JSON files in this folder, each written by `collage bench step --json "
-        "FILE`. Every contender makes real steps on parameters and gradients of its own, one step in each round; the "
+        "Made by `collage bench page` from the JSON files in this folder that `collage bench step --json FILE` "
+        "wrote. Every contender makes real steps on parameters and gradients of its own, one step in each round; the "
         "rounds of all contenders of a table are interleaved in one process, so compare ratios, not milliseconds of "
         "different files.",
         "",
+        *(["What the steps deliver: [precision.md](precision.md).", ""] if precise else []),
         *(f"- **{heading}**: {meaning}." for heading, meaning in MEANINGS),
+        "",
+    ]
+
+
+def _precision_head() -> list[str]:
+    return [
+        "# What an optimizer's steps deliver: results",
+        "",
+        "Made by `collage bench page` from the JSON files in this folder that `collage bench precision --json FILE` "
+        "wrote. All optimizers of a table step on the same gradients, one step after the other. What counts is the "
+        "value that an optimizer holds, corrections and master copies included.",
+        "",
+        *(f"- **{heading}**: {meaning}." for heading, meaning in delivered.MEANINGS),
         "",
     ]
 
@@ -63,9 +90,31 @@ def _section(path: Path, result: dict[str, Any]) -> list[str]:
     }
     lines = [f"## {path.stem}", "", "```bash", f"{variables} {result['command']}".strip(), "```", ""]
     lines += [*(f"- {name}: {_escaped(value)}" for name, value in facts.items()), ""]
-    for name in dict.fromkeys(row["shapes"] for row in result["rows"]):
-        lines += _table(path, name, [row for row in result["rows"] if row["shapes"] == name])
     return lines
+
+
+def _steps(path: Path, result: Result) -> list[str]:
+    names = dict.fromkeys(row["shapes"] for row in result["rows"])
+    return [
+        line for name in names for line in _table(path, name, [row for row in result["rows"] if row["shapes"] == name])
+    ]
+
+
+def _delivered(path: Path, result: Result) -> list[str]:
+    rows, length = result["shape"]
+    lines = [f"{result['elements']:,} elements [{rows:,}, {length}], {result['steps']:,} steps.", ""]
+    picture = draw_delivered(result["rows"], LIGHT)
+    if picture is not None:
+        lines += [_picture(path.parent / PLOTS / f"{path.stem}.png", picture, "What every optimizer delivers"), ""]
+    for title, columns, shown in delivered.tables(result):
+        lines += [f"### {title}", "", *_rows(columns, shown), ""]
+    return [*lines, *(f"- {_escaped(note)}" for note in delivered.notes(result)), ""]
+
+
+def _picture(plot: Path, picture: bytes, text: str) -> str:
+    plot.parent.mkdir(exist_ok=True)
+    plot.write_bytes(picture)
+    return f"![{text}]({PLOTS}/{plot.name})"
 
 
 def _table(path: Path, name: str, rows: Sequence[Row]) -> list[str]:
@@ -73,18 +122,22 @@ def _table(path: Path, name: str, rows: Sequence[Row]) -> list[str]:
     picture = draw(rows, LIGHT)
     if picture is not None:
         plot = path.parent / PLOTS / f"{path.stem}-{name}.png"
-        plot.parent.mkdir(exist_ok=True)
-        plot.write_bytes(picture)
-        lines += [f"![Time of a step on {name}, as ratio to torch fused]({PLOTS}/{plot.name})", ""]
-    columns = shown_columns(rows)
-    lines.append("| " + " | ".join(column.heading for column in columns) + " |")
-    lines.append("|" + "|".join("---" if column is COLUMNS[0] else "---:" for column in columns) + "|")
-    for row in rows:
-        if row["rounds"]:
-            cells = [_escaped(column.show(row)) for column in columns]
-            lines.append("| " + " | ".join([_emphasised(row, cells[0]), *cells[1:]]) + " |")
+        lines += [_picture(plot, picture, f"Time of a step on {name}, as ratio to torch fused"), ""]
+    lines += _rows(shown_columns(rows), [row for row in rows if row["rounds"]])
     missing = left_out(rows)
     return [*lines, "", *(f"- {_escaped(line)}" for line in missing), *([""] if missing else [])]
+
+
+def _rows(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
+    """A table; the first column is the contender's name."""
+    lines = [
+        "| " + " | ".join(_escaped(column.heading) for column in columns) + " |",
+        "|---|" + "---:|" * (len(columns) - 1),
+    ]
+    for row in rows:
+        cells = [_escaped(column.show(row)) for column in columns]
+        lines.append("| " + " | ".join([_emphasised(row, cells[0]), *cells[1:]]) + " |")
+    return lines
 
 
 def _emphasised(row: Row, text: str) -> str:

@@ -1,4 +1,4 @@
-"""The plot of a benchmark: a bar for each contender, in the style of the reports."""
+"""The plots of the benchmarks: a line for each contender, in the style of the reports."""
 
 from __future__ import annotations
 
@@ -36,9 +36,13 @@ def draw(rows: Sequence[Row], theme: Theme) -> bytes | None:
         _draw_ratios(panels[0, 0], rows, theme)
         if shares:
             _draw_shares(panels[0, 1], rows, theme)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
+        return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _colour(row: Row, theme: Theme) -> str:
@@ -59,6 +63,11 @@ def _draw_ratios(axes: Axes, rows: Sequence[Row], theme: Theme) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     _tidy(axes, "time, x torch fused (log)")
+    _name(axes, rows, theme)
+
+
+def _name(axes: Axes, rows: Sequence[Row], theme: Theme) -> None:
+    """The contenders' names on the y axis, the first at the top."""
     axes.set_yticks(range(len(rows)), [row["contender"] for row in rows])
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontsize("small")
@@ -91,3 +100,53 @@ def _tidy(axes: Axes, label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, axis="x", linewidth=0.5)
     axes.set_axisbelow(True)
+
+
+# ---- what the steps deliver ----------------------------------------------------------------------------------------
+
+MOST_SHARE, MOMENT_RANGE = 1.4, (0.2, 5.0)
+"""What lies beyond is drawn at the edge."""
+
+
+def draw_delivered(rows: Sequence[Row], theme: Theme) -> bytes | None:
+    """Every cell's share of the intended way of each contender, and the quantiles of its second moment
+    at the largest beta2, as a PNG file's bytes; None where nothing was measured."""
+    rows = [row for row in rows if row["displacement"] or row["second_moment"]]
+    if not rows:
+        return None
+    with rc_context(theme_settings(theme)):
+        figure = Figure(figsize=(WIDTH, 1.0 + 0.24 * len(rows)), dpi=DPI, layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for y, row in enumerate(rows):
+            shares = [min(each["share"], MOST_SHARE) for each in row["displacement"] if each["share"] is not None]
+            left.hlines(y, *_ends(shares), color=_colour(row, theme), linewidth=1.2, alpha=0.5)
+            left.plot(shares, [y] * len(shares), "|", color=_colour(row, theme), markersize=8, markeredgewidth=1.6)
+            _draw_moment(right, y, row, theme)
+        _name(left, rows, theme)
+        for axes in (left, right):
+            axes.axvline(1.0, color=theme.palette["ink"], linewidth=0.8, zorder=0)
+        left.set_xlim(-0.06, MOST_SHARE + 0.06)
+        _tidy(left, "share of the intended way")
+        right.set_xscale("log")
+        right.set_xlim(0.9 * MOMENT_RANGE[0], 1.1 * MOMENT_RANGE[1])
+        right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        right.xaxis.set_minor_formatter(NullFormatter())
+        largest = max((cell["beta2"] for row in rows for cell in row["second_moment"]), default=None)
+        _tidy(right, f"v / exact, beta2 {largest} (log)")
+        return _png(figure)
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    return (min(values), max(values)) if values else (0.0, 0.0)
+
+
+def _draw_moment(axes: Axes, y: int, row: Row, theme: Theme) -> None:
+    if not row["second_moment"]:
+        return
+    cell = max(row["second_moment"], key=lambda cell: cell["beta2"])
+    if cell["p5"] is None or cell["p50"] is None or cell["p95"] is None:
+        return
+    low, middle, high = (min(max(cell[key], MOMENT_RANGE[0]), MOMENT_RANGE[1]) for key in ("p5", "p50", "p95"))
+    axes.hlines(y, low, high, color=_colour(row, theme), linewidth=3, alpha=0.5)
+    axes.plot([middle], [y], "o", color=_colour(row, theme), markersize=4)
