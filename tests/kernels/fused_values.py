@@ -468,7 +468,7 @@ def codes_kernel(values, draws, codes, scales, back, STORED: tl.constexpr, ROWS:
     rows = tl.arange(0, ROWS)[:, None]
     at = rows * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     x = tl.load(values + at)
-    scale, finite = storages.scale_of(x, None, STORED)
+    scale, finite = storages.scale_of(x, STORED)
     new = storages.codes_of(x, scale, finite, tl.load(draws + at), STORED)
     tl.store(back + at, storages.value_of(tl.load(codes + at).to(tl.int32), tl.load(scales + rows), STORED))
     tl.store(codes + at, new)

@@ -120,14 +120,14 @@ def join_remainder(pattern, lo, FORMAT: tl.constexpr, EXTRA: tl.constexpr):
 
 
 @triton.jit
-def scale_of(x, mask, STORED: tl.constexpr):
+def scale_of(x, STORED: tl.constexpr):
     """The scales of a tile's rows, nan where a row has a number that is not finite, and where they are numbers.
 
-    The largest magnitude is found among patterns, which grow with it, and a nan's is above all others."""
+    The largest magnitude is found among patterns, which grow with it, and a nan's is above all others. Behind a
+    row's end codes and gradient are 0: x is too, or nan where the old scale or the loss scale makes the row so anyhow.
+    """
     SOFTSIGN: tl.constexpr = STORED[0] == "softsign"
     size = as_bits(x) & 0x7FFFFFFF
-    if mask is not None:
-        size = tl.where(mask, size, 0)
     # Blockwise.smallest_scale: 2**-118 and 2**-94.
     largest = tl.maximum(tl.max(size, 1, keep_dims=True), (9 if SOFTSIGN else 33) << 23)
     finite = largest < (0x7F000000 if SOFTSIGN else 0x7F800000)
@@ -197,11 +197,10 @@ def value_of(first, second, STORED: tl.constexpr):
 
 
 @triton.jit
-def parts_of(total, update, first, second, draw, mask, STORED: tl.constexpr):
+def parts_of(total, update, first, second, draw, STORED: tl.constexpr):
     """The new components: ``Storage.add`` and, of a kind that does not look at the update, ``Storage.store``.
 
-    ``total`` is the value to be stored, the update included; ``first`` and ``second`` are the old components. ``mask``
-    says which elements of a row there are, None if all.
+    ``total`` is the value to be stored, the update included; ``first`` and ``second`` are the old components.
     """
     FORMAT: tl.constexpr = STORED[1]
     STOCHASTIC: tl.constexpr = STORED[3]
@@ -216,7 +215,7 @@ def parts_of(total, update, first, second, draw, mask, STORED: tl.constexpr):
     elif STORED[0] == "remainder":
         return split_remainder(total, draw, FORMAT, WIDTH, STOCHASTIC)
     elif STORED[2] == "scale":
-        scale, finite = scale_of(total, mask, STORED)
+        scale, finite = scale_of(total, STORED)
         return codes_of(total, scale, finite, draw, STORED), scale
     else:
         return expansion(total, draw, STORED)

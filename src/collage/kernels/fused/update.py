@@ -142,21 +142,18 @@ def step_tile(
     if MAXIMIZE:
         g = g * -1.0
     offsets = offsets_of(SIZE, ENTRY, COLUMNS)
-    mask = mask_of(start, numel, SIZE, ENTRY, COLUMNS)
-    # Of rows: none of their elements is missing, or all are.
-    columns = None if ENTRY == COLUMNS else mask
     # contract.DRAWS: param and exp_avg_sq share the first word.
     FIRST_WORD: tl.constexpr = PARAM[3] or EXP_AVG_SQ[3]
     SECOND_WORD: tl.constexpr = EXP_AVG[3]
     # Each moment is stored as soon as it can be: of registers, the most are wanted here.
     m = value_of(m1, m2, EXP_AVG) * tl.load(scalar) + g * tl.load(scalar + 1)
     word2 = words_of(keys, first, start, offsets, highs, 1, SECOND_WORD, CROSSES, WORDS)
-    new_m1, new_m2 = parts_of(m, m, m1, m2, (word2 & 0xFFFF).to(tl.int32), columns, EXP_AVG)
+    new_m1, new_m2 = parts_of(m, m, m1, m2, (word2 & 0xFFFF).to(tl.int32), EXP_AVG)
     store_parts(m_at, start, numel, new_m1, new_m2, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
 
     v = value_of(v1, v2, EXP_AVG_SQ) * tl.load(scalar + 2) + (g * g) * tl.load(scalar + 3)
     word = words_of(keys, first, start, offsets, highs, 0, FIRST_WORD, CROSSES, WORDS)
-    new_v1, new_v2 = parts_of(v, v, v1, v2, (word >> 16).to(tl.int32), columns, EXP_AVG_SQ)
+    new_v1, new_v2 = parts_of(v, v, v1, v2, (word >> 16).to(tl.int32), EXP_AVG_SQ)
     store_parts(v_at, start, numel, new_v1, new_v2, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
 
     root = square_root(v, EXP_AVG_SQ)
@@ -165,13 +162,14 @@ def step_tile(
     decay = tl.load(scalar + 7)
     # Without decay, a parameter that is not finite leaves the update alone.
     u = tl.where(decay != 0, u - p * decay, u)
-    new_p1, new_p2 = parts_of(p + u, u, p1, p2, (word & 0xFFFF).to(tl.int32), columns, PARAM)
+    new_p1, new_p2 = parts_of(p + u, u, p1, p2, (word & 0xFFFF).to(tl.int32), PARAM)
     store_parts(p_at, start, numel, new_p1, new_p2, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     if AUDIT:
         e = moved(new_p1, new_p2, p1, p2, PARAM)
         e_hi = leading(new_p1, PARAM) - leading(p1, PARAM)
         moved_v = moved(new_v1, new_v2, v1, v2, EXP_AVG_SQ)
         old_v = exact(v1, v2, EXP_AVG_SQ)
+        mask = mask_of(start, numel, SIZE, ENTRY, COLUMNS)
         return sums_of(mask, u.to(tl.float64), e, e_hi, g.to(tl.float64), old_v, moved_v, tl.load(beta2))
     else:
         return tl.zeros([SUMS], tl.float64)
