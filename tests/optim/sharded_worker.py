@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -111,9 +112,21 @@ def fsdp(strategy: str) -> None:
     assert_equal(opts[2], opts[0])
 
 
+def cut_blocks_are_refused() -> None:
+    """Before anything changes: a row of 128 is one block, of which each process would have half."""
+    mesh, value = init_device_mesh("cpu", (2,)), values((64, 128), 0)
+    param = nn.Parameter(distribute_tensor(value, mesh, [Shard(1)]))
+    opt = optimizer([param], "compact")
+    param.grad = distribute_tensor(values((64, 128), 1), mesh, [Shard(1)])
+    with pytest.raises(ValueError, match=r"no whole blocks of 128.*shard it along its first dimension"):
+        opt.step()
+    assert torch.equal(whole(param), value)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
+    cut_blocks_are_refused()
     for strategy in sys.argv[1:]:
         for dim in (0, 1):
             placed(strategy, [Shard(dim)] * len(SHAPES))

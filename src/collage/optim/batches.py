@@ -153,11 +153,11 @@ class Together:
         self.params = [m.param for m in members]
         components = first.layout.components(first.param.dtype)
         names = tuple(components)
+        pieces = [(owner, *run) for owner, m in enumerate(members) for run in runs(m.param)]
+        _check_blocks(members, pieces, first.layout.block(first.param.dtype))
         _check_states(members, states, components)
         for name in names:
             _gather_small(name, states)
-        pieces = [(owner, *run) for owner, m in enumerate(members) for run in runs(m.param)]
-        _check_blocks(members, pieces, first.layout.block(first.param.dtype))
         self.owners = None if len(pieces) == len(members) else [owner for owner, *_ in pieces]
         self._slices = [(owner, begin, end) for owner, _, begin, end in pieces] if self.owners else None
         whole = [local(m.param.detach()).contiguous() for m in members]
