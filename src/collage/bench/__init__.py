@@ -1,5 +1,6 @@
-"""Benchmarks: the optimizer step beside every peer that is installed, on real shapes, in interleaved rounds.
+"""Benchmarks: the optimizer step beside every peer that is installed, on real shapes, in interleaved rounds; and what
+the steps deliver.
 
-`collage.bench.step` runs one, `collage.bench.results` turns it into rows of a JSON file, `collage.bench.page` turns
-such files into a page of tables and plots.
+`collage.bench.step` and `collage.bench.precision` run them, `collage.bench.results` says of a JSON file where it is
+from, `collage.bench.page` turns such files into pages of tables and plots.
 """

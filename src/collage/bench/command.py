@@ -202,9 +202,9 @@ def precision(
     from collage.bench.delivered import show
     from collage.bench.display import BenchDisplay
     from collage.bench.options import check_writable, make_precision_plan, parse_device, use_threads
-    from collage.bench.precision import measure, record
+    from collage.bench.precision import measure
     from collage.bench.results import PRECISION as KIND
-    from collage.bench.results import facts
+    from collage.bench.results import facts, precision_record
     from collage.train.runfiles import write_json
 
     console = Console()
@@ -216,7 +216,7 @@ def precision(
     with use_threads(threads), BenchDisplay(console) as display:
         display.expects(plan.all_steps)
         known = facts(KIND, plan.contenders, plan.device, shlex.join(["collage", *sys.argv[1:]]))
-        result = record(*measure(plan, display), plan, known)
+        result = precision_record(*measure(plan, display), plan, known)
     show(result, console)
     if json_file is not None:
         write_json(json_file, result)

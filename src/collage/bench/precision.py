@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from collage import kernels
 from collage.bench.contenders import Contender, Stepper, parameter_dtype
 from collage.bench.readings import own
-from collage.bench.results import of_run, package_version
 from collage.bench.step import quiet
 from collage.bench.timing import error_text
 from collage.optim.strategies import layout_of, strategies
@@ -158,8 +157,8 @@ def _attempt(found: Found, action: Callable[[], Any]) -> Any:
 def _runner(found: Found, start: Tensor, hyper: dict[str, Any]) -> _Runner:
     contender = found.contender
     param = nn.Parameter(start.to(contender.dtype, copy=True))
-    param.grad = torch.zeros_like(param)
-    return _Runner(found, param, torch.zeros_like(param), contender.build([param], **hyper))
+    grad = param.grad = torch.zeros_like(param)
+    return _Runner(found, param, grad, contender.build([param], **hyper))
 
 
 def _run(
@@ -333,41 +332,3 @@ def _backend(contender: Contender, plan: PrecisionPlan) -> str | None:
     dtype = parameter_dtype(strategy, contender.dtype)
     param = torch.empty(plan.elements // ROW, ROW, dtype=dtype, device="meta")
     return kernels.choose(layout_of(strategy, param), "fp32", dtype, plan.device, None)
-
-
-def record(found: Sequence[Found], equality: Equality, plan: PrecisionPlan, run: dict[str, Any]) -> dict[str, Any]:
-    """The whole result, as a file keeps it; `run` is what `results.facts` says."""
-    settings = {
-        "elements": plan.elements,
-        "shape": [plan.elements // ROW, ROW],
-        "steps": plan.steps,
-        "gradient_mean": MEAN,
-        "gradient_noise": NOISE,
-        "decay": {"lr": DECAY_RATE, "weight_decay": DECAY},
-        "spread_of_log_v": SPREAD,
-    }
-    same = {"strategies": list(EQUAL), "runs": equality.runs, "different": equality.different}
-    return {**run, **settings, "equal": same if equality.runs else None, "rows": [row(each, run) for each in found]}
-
-
-def row(found: Found, run: dict[str, Any]) -> dict[str, Any]:
-    """One row: everything about one contender."""
-    contender = found.contender
-    status = "skipped" if contender.unavailable else "failed" if found.error else "measured"
-    return {
-        "contender": contender.name,
-        "kind": contender.kind,
-        "status": status,
-        "reason": contender.unavailable or found.error or None,
-        "strategy": contender.strategy,
-        "backend": found.backend,
-        "peer": contender.peer,
-        "version": package_version(contender.distribution),
-        "note": contender.note or None,
-        "dtype": str(contender.dtype).removeprefix("torch."),
-        "displacement": found.displacement,
-        "decay": found.decay,
-        "second_moment": found.second_moment,
-        "second_moment_reason": found.unread or None,
-        **of_run(run),
-    }

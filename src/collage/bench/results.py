@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import collage
+from collage.bench import precision
 from collage.bench.contenders import Contender
 from collage.bench.plan import Plan
 from collage.bench.step import Measured
@@ -154,6 +155,51 @@ def _moved(measured: Measured) -> float | None:
 def record(found: Sequence[Measured], run: dict[str, Any]) -> dict[str, Any]:
     """The whole result."""
     return {**run, "rows": [row(measured, run) for measured in found]}
+
+
+def precision_record(
+    found: Sequence[precision.Found], equality: precision.Equality, plan: precision.PrecisionPlan, run: dict[str, Any]
+) -> dict[str, Any]:
+    """The whole result, as a file keeps it; `run` is what `results.facts` says."""
+    settings = {
+        "elements": plan.elements,
+        "shape": [plan.elements // precision.ROW, precision.ROW],
+        "steps": plan.steps,
+        "gradient_mean": precision.MEAN,
+        "gradient_noise": precision.NOISE,
+        "decay": {"lr": precision.DECAY_RATE, "weight_decay": precision.DECAY},
+        "spread_of_log_v": precision.SPREAD,
+    }
+    same = {"strategies": list(precision.EQUAL), "runs": equality.runs, "different": equality.different}
+    return {
+        **run,
+        **settings,
+        "equal": same if equality.runs else None,
+        "rows": [_precision_row(each, run) for each in found],
+    }
+
+
+def _precision_row(found: precision.Found, run: dict[str, Any]) -> dict[str, Any]:
+    """One row: everything about one contender."""
+    contender = found.contender
+    status = "skipped" if contender.unavailable else "failed" if found.error else "measured"
+    return {
+        "contender": contender.name,
+        "kind": contender.kind,
+        "status": status,
+        "reason": contender.unavailable or found.error or None,
+        "strategy": contender.strategy,
+        "backend": found.backend,
+        "peer": contender.peer,
+        "version": package_version(contender.distribution),
+        "note": contender.note or None,
+        "dtype": str(contender.dtype).removeprefix("torch."),
+        "displacement": found.displacement,
+        "decay": found.decay,
+        "second_moment": found.second_moment,
+        "second_moment_reason": found.unread or None,
+        **of_run(run),
+    }
 
 
 def read(path: Path) -> dict[str, Any]:
