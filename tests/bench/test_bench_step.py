@@ -50,7 +50,7 @@ def test_a_row_explains_itself(bench: Bench) -> None:
     assert 0 < row["ms_p10"] <= row["ms_p50"] <= row["ms_p90"]
     assert row["gb_per_s"] == pytest.approx(22 * 144 / row["ms_p50"] / 1e6)
     assert row["command"] == result["command"]
-    assert result["command"].startswith("collage bench step --shapes tiny --rounds 2 --threads 1 --json")
+    assert result["command"].startswith("collage bench step --shapes tiny --rounds 2 --threads 1 --strategies plus")
 
 
 def test_the_file_says_what_ran_and_where(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
