@@ -132,6 +132,11 @@ def test_cells_of_a_row_without_figures_are_dashes() -> None:
     ("changes", "sentence"),
     [
         (
+            {"difference_from_mixed": {"mean": -3e-5, "spread": 1e-5, "seeds": [0, 1, 2]}},
+            "plus: no updates were lost in the last tenth of the run; validation loss that of mixed to four digits "
+            "(± 0.0000 over 3 seeds).",
+        ),
+        (
             {},
             "plus: no updates were lost in the last tenth of the run; validation loss equal to mixed within the spread "
             "over 3 seeds (+0.0010 ± 0.0020).",

@@ -234,6 +234,8 @@ def _loss(row: Row) -> str:
     if spread is None:
         return f"validation loss {_apart(mean)} {BASELINE} (one seed, so without a spread)"
     seeds = len(difference["seeds"])
+    if f"{abs(mean):.4f}" == "0.0000":
+        return f"validation loss that of {BASELINE} to four digits (± {spread:.4f} over {seeds} seeds)"
     if abs(mean) <= spread:
         return f"validation loss equal to {BASELINE} within the spread over {seeds} seeds ({signed(mean, spread)})"
     return f"validation loss {_apart(mean)} {BASELINE} (± {spread:.4f} over {seeds} seeds)"
