@@ -1,11 +1,17 @@
-"""What every test finds and leaves: torch's global state."""
+"""What every test finds and leaves: torch's global state, and signals as a terminal's process has them."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    """The processes of pytest-xdist ignore Ctrl-C, and so would all that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

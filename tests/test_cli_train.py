@@ -61,8 +61,11 @@ def test_every_setting_is_an_option_with_its_text(capsys: pytest.CaptureFixture[
     assert "--corpus " not in shown
 
 
-def test_options_make_the_settings_and_the_result_is_written(text: Path, tmp_path: Path) -> None:
+def test_options_make_the_settings_and_the_result_is_written(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / "copy.json"
+    monkeypatch.setattr("sys.argv", ["/bin/collage", "train", "--data", "a folder"])
     options = ["--strategy", "light", "--betas", 0.8, 0.99, "--steps", 4, "--data", text, "--seed", 3]
     assert collage("train", *SMALL, *options, "--out", tmp_path / "run", "--json", copy) == 0
     run = runfiles.read_run(tmp_path / "run")
@@ -70,7 +73,7 @@ def test_options_make_the_settings_and_the_result_is_written(text: Path, tmp_pat
     expected: dict[str, Any] = {"strategy": "light", "betas": (0.8, 0.99), "steps": 4, "data": str(text), "seed": 3}
     expected |= {"model": "gpt-tiny", "seq_len": 8, "batch_size": 2, "eval_batches": 2, "checkpoint_every": 5}
     assert TrainConfig.from_json(run["config"]) == TrainConfig(**expected, threads=1, device="cpu")
-    assert run["command"].startswith("collage ")
+    assert run["command"] == "collage train --data 'a folder'"
 
 
 def test_options_count_more_than_the_settings_file(text: Path, tmp_path: Path) -> None:
