@@ -14,7 +14,6 @@ from collage.bench.contenders import (
     MasterAdamW,
     Streams,
     own_contenders,
-    parameter_dtype,
     reference,
     state_bytes,
     strategy_streams,
@@ -48,13 +47,13 @@ def parameters(dtype: torch.dtype, shapes: ShapeSet = SHAPES) -> list[nn.Paramet
 )
 def test_bytes_moved_are_every_component_read_and_written_and_the_gradient_read(name: str, moved: float) -> None:
     strategy = collage.strategies()[name]
-    assert strategy_streams(strategy, parameter_dtype(strategy, BF16)).bytes_moved == moved
+    assert strategy_streams(strategy, strategy.param_dtype(BF16)).bytes_moved == moved
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_streams_keep_what_the_strategy_says_it_keeps(name: str) -> None:
     strategy = collage.strategies()[name]
-    dtype = parameter_dtype(strategy, BF16)
+    dtype = strategy.param_dtype(BF16)
     assert strategy_streams(strategy, dtype).bytes_kept == strategy.bytes_per_param(BF16)
 
 

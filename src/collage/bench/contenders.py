@@ -131,11 +131,6 @@ def strategy_streams(strategy: collage.Strategy, dtype: torch.dtype) -> Streams:
     return Streams(tuple(read_write), (float(dtype.itemsize),), tuple(write_only))
 
 
-def parameter_dtype(strategy: collage.Strategy, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the parameters that `strategy` serves: `dtype`, or the one that the strategy fixes."""
-    return strategy.param.components(dtype)[0].dtype
-
-
 def own_contenders(strategies: Iterable[str], backends: Iterable[str | None], dtype: torch.dtype) -> list[Contender]:
     """Every strategy with every backend (None: the fastest that serves it), strategies in the outer order."""
     known, backends = collage.strategies(), list(backends)
@@ -143,7 +138,7 @@ def own_contenders(strategies: Iterable[str], backends: Iterable[str | None], dt
 
 
 def _own(strategy: collage.Strategy, backend: str | None, dtype: torch.dtype) -> Contender:
-    dtype = parameter_dtype(strategy, dtype)
+    dtype = strategy.param_dtype(dtype)
 
     def build(params: list[nn.Parameter], **hyper: Any) -> Stepper:
         return collage.AdamW(params, **{**HYPER, **hyper}, strategy=strategy, backend=backend)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from collage import kernels
-from collage.bench.contenders import Contender, Stepper, parameter_dtype
+from collage.bench.contenders import Contender, Stepper
 from collage.bench.readings import own
 from collage.bench.step import quiet
 from collage.bench.timing import error_text
@@ -329,6 +329,6 @@ def _backend(contender: Contender, plan: PrecisionPlan) -> str | None:
     if contender.strategy is None:
         return None
     strategy = strategies()[contender.strategy]
-    dtype = parameter_dtype(strategy, contender.dtype)
+    dtype = strategy.param_dtype(contender.dtype)
     param = torch.empty(plan.elements // ROW, ROW, dtype=dtype, device="meta")
     return kernels.choose(layout_of(strategy, param), "fp32", dtype, plan.device, None)
