@@ -9,127 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from collage.train.config import BYTE_VOCABULARY, TrainConfig, UserError
+from collage.train.text import read_documents
+from collage.train.tokens import BPE_VOCABULARY, pack_bpe, pack_bytes, read_bpe, train_bpe
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-STANDARD_LIBRARY_BYTES = 5_000_000
-DOCUMENT_CHARACTERS = 2_000
-BPE_VOCABULARY = 4_096
-END_OF_DOCUMENT = "<|endofdocument|>"
 VALIDATION_SHARE = 0.05
 _SPLIT_SEED = 20240507
 _HASHED_AT_ONCE = 2**20
-
-# Left out of the standard library: installed packages, tests, and files written by programs (tables, help topics).
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
-_SKIPPED_FOLDERS |= {"pydoc_data", "lib2to3", "_bundled", "lib-dynload"}
-_SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "__phello__")
-
-
-# ---- documents -------------------------------------------------------------------------------------------------
-
-
-def read_documents(data: str | None, limit: int | None) -> tuple[str, list[str]]:
-    """The name of a source of text and its documents, in a fixed order.
-
-    Args:
-        data: a text file (documents are groups of paragraphs), a folder (documents are its files), or None for the
-            standard library's sources.
-        limit: take whole documents up to this many UTF-8 bytes; None: all, but 5,000,000 of the standard library.
-
-    Raises:
-        UserError: nothing there, not text, or too little for two documents.
-    """
-    if data is None:
-        name, path = "standard library", Path(sysconfig.get_paths()["stdlib"])
-        documents = _read_files(_standard_library(path))
-        limit = STANDARD_LIBRARY_BYTES if limit is None else limit
-    else:
-        path = Path(data)
-        if not path.exists():
-            raise UserError(f"data must be a text file or a folder, got {data}, which doesn't exist")
-        name, documents = path.name, _read_files(_folder(path)) if path.is_dir() else _paragraphs(_read(path))
-    taken = list(_up_to(documents, limit))
-    if len(taken) < 2:
-        bound = "" if limit is None else f" within corpus_bytes = {limit}"
-        raise UserError(
-            f"data must give at least 2 documents (one to validate on), got {len(taken)} from {path}{bound}; "
-            f"a file's documents end at blank lines after {DOCUMENT_CHARACTERS:,} characters, a folder's are its files"
-        )
-    return name, taken
-
-
-def _standard_library(root: Path) -> list[Path]:
-    paths = [p for p in _walk(root) if p.suffix == ".py" and not p.name.startswith(_SKIPPED_PREFIXES)]
-    return sorted(paths, key=lambda p: p.relative_to(root).as_posix())
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if f not in _SKIPPED_FOLDERS]
-        yield from (Path(folder) / f for f in files)
-
-
-def _folder(root: Path) -> list[Path]:
-    files = [p for p in root.rglob("*") if p.is_file()]
-    visible = [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)]
-    if not visible:
-        raise UserError(f"data must be a text file or a folder with text files in it, got the empty folder {root}")
-    return sorted(visible, key=lambda p: p.relative_to(root).as_posix())
-
-
-def _read_files(paths: list[Path]) -> Iterator[str]:
-    return (text for text in map(_read, paths) if text.strip())
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data must be UTF-8 text, got byte {error.object[error.start]:#04x} at {error.start} in {path}; "
-            f"convert the file or keep it out of the folder"
-        ) from error
-    except OSError as error:
-        raise UserError(f"data must be readable, got {path}: {error.strerror}") from error
-    if "\0" in text:
-        raise UserError(f"data must be text, got a zero byte in {path}; keep binary files out")
-    return text
-
-
-def _paragraphs(text: str) -> Iterator[str]:
-    """Groups of lines that end at the first blank line after 2,000 characters, or at any line after 8,000."""
-    group: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        group.append(line)
-        size += len(line)
-        if size >= DOCUMENT_CHARACTERS * (4 if line.strip() else 1):
-            yield "".join(group)
-            group, size = [], 0
-    if "".join(group).strip():
-        yield "".join(group)
-
-
-def _up_to(documents: Iterator[str], limit: int | None) -> Iterator[str]:
-    size = 0
-    for text in documents:
-        size += len(text.encode())
-        if limit is not None and size > limit:
-            return
-        yield text
 
 
 # ---- a fixed hash ----------------------------------------------------------------------------------------------
@@ -240,14 +134,14 @@ def prepare_corpus(config: TrainConfig, tokenizer_json: str | None = None) -> Co
     validation = [text for text, out in zip(documents, held_out, strict=True) if out]
     if config.tokenizer == "bpe":
         if tokenizer_json is None:
-            bpe = _train_bpe(train, config.vocab_size or BPE_VOCABULARY)
+            bpe = train_bpe(train, config.vocab_size or BPE_VOCABULARY)
         else:
-            bpe = _read_bpe(tokenizer_json)
+            bpe = read_bpe(tokenizer_json)
         size, tokenizer_json = bpe.get_vocab_size(), bpe.to_str()
-        arrays = [_pack_bpe(bpe, split) for split in (train, validation)]
+        arrays = [pack_bpe(bpe, split) for split in (train, validation)]
     else:
         size, tokenizer_json = BYTE_VOCABULARY, None
-        arrays = [_pack_bytes(split) for split in (train, validation)]
+        arrays = [pack_bytes(split) for split in (train, validation)]
     info = CorpusInfo(name, _sha256(documents), len(documents), arrays[0].size, arrays[1].size, config.tokenizer, size)
     return Corpus(info, arrays[0], arrays[1], tokenizer_json)
 
@@ -258,47 +152,6 @@ def _sha256(documents: list[str]) -> str:
         raw = text.encode()
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.hexdigest()
-
-
-def _pack_bytes(documents: list[str]) -> np.ndarray:
-    end = np.array([BYTE_VOCABULARY - 1], dtype=np.uint16)
-    pieces = [part for text in documents for part in (np.frombuffer(text.encode(), dtype=np.uint8), end)]
-    return np.concatenate(pieces).astype(np.uint16)
-
-
-def _train_bpe(documents: list[str], vocab_size: int) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(documents, trainer, length=len(documents))
-    return bpe
-
-
-def _read_bpe(tokenizer_json: str) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        bpe = Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # tokenizers raises nothing more special
-        raise UserError(f"tokenizer.json must be a tokenizer that `collage train` wrote, got: {error}") from error
-    if bpe.token_to_id(END_OF_DOCUMENT) is None:
-        raise UserError(f"tokenizer.json must have the token {END_OF_DOCUMENT}, got none; take the run's own file")
-    return bpe
-
-
-def _pack_bpe(bpe: Tokenizer, documents: list[str]) -> np.ndarray:
-    end = bpe.token_to_id(END_OF_DOCUMENT)
-    encoded = bpe.encode_batch(documents, add_special_tokens=False)
-    dtype = np.uint16 if bpe.get_vocab_size() <= 2**16 else np.uint32
-    return np.concatenate([np.array([*piece.ids, end], dtype=dtype) for piece in encoded])
 
 
 # ---- windows and batches ---------------------------------------------------------------------------------------
