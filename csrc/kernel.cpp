@@ -42,7 +42,7 @@ template <class Low, class P, class M, class V, class G> struct Step {
     static constexpr Order order = all_interleaved ? interleaved : sequential;
     // Whether moments are in blocks of codes. A pass is then over one such block.
     static constexpr bool blocked = M::blocked || V::blocked;
-    static constexpr int max_units = blocked ? COLLAGE_MAX_BLOCK / UNIT : UNITS;
+    static constexpr int max_units = blocked ? COLLAGE_MAX_BLOCK / UNIT : UNITS + 1;
 
     INLINE void gradient(const collage_range &r, int64_t i, F &a, F &b) {
         G::template load<order>(r.grad, i, a, b);
@@ -81,12 +81,12 @@ template <class Low, class P, class M, class V, class G> struct Step {
         U m{}, v{};
     };
 
-    // Where unit j of a pass begins. The last one of a block of codes begins early enough to be a whole one: some elements
-    // are computed and stored twice, alike, since all loads of a block come before its stores.
-    INLINE int64_t place(const collage_range &r, int j) {
-        int64_t at = (int64_t)j * UNIT;
-        if constexpr (blocked) at = at < r.block - UNIT ? at : r.block - UNIT;
-        return at;
+    // Where unit j of the pass from element i on begins. The last one of a block of codes, or of a range, begins early
+    // enough to be a whole one: some elements are computed and stored twice, alike, since all loads of a pass come before
+    // its stores.
+    INLINE int64_t place(const collage_range &r, int64_t i, int j) {
+        int64_t at = i + (int64_t)j * UNIT, last = (blocked ? i + r.block : r.count) - UNIT;
+        return at < last ? at : last;
     }
     INLINE int units_of_block(const collage_range &r) { return (int)((r.block + UNIT - 1) / UNIT); }
 
@@ -157,31 +157,23 @@ template <class Low, class P, class M, class V, class G> struct Step {
         const collage_scalars k = *r.scalars;
         Usual<Low> usual;
         Largest largest;
-        for (int j = 0; j < units; j++) compute_unit(r, k, part, i + place(r, j), j, x, usual, largest);
+        for (int j = 0; j < units; j++) compute_unit(r, k, part, place(r, i, j), j, x, usual, largest);
         bool settled = settle(part, units, largest, x);
         return (guarded || blocked) && usual.all() && settled;
     }
 
+    // `index`: of the range's first elements.
     template <bool careful>
-    INLINE void store_units(const collage_range &r, void *const *part, int64_t i, int units, Draws &index, const Block &x) {
+    INLINE void store_units(const collage_range &r, void *const *part, int64_t i, int units, Draws index, const Block &x) {
         for (int j = 0; j < units; j++) {
-            if constexpr (blocked) {
-                uint32_t at = (uint32_t)place(r, j);
-                store_unit<careful>(r, part, i + at, j, Draws{index.a + at, index.b + at}, x);
-            } else {
-                store_unit<careful>(r, part, i + j * UNIT, j, index, x);
-                advance(index, UNIT);
-            }
+            const int64_t at = place(r, i, j);
+            store_unit<careful>(r, part, at, j, ahead_of(index, at), x);
         }
-        if constexpr (blocked) advance(index, (uint32_t)r.block);
     }
 
-    INLINE void advance(Draws &index, uint32_t count) {
-        index.a += count;
-        index.b += count;
-    }
+    INLINE Draws ahead_of(Draws index, int64_t count) { return {index.a + (uint32_t)count, index.b + (uint32_t)count}; }
 
-    static void store(const collage_range &r, void *const *part, int64_t i, int units, Draws &index, const Block &x,
+    static void store(const collage_range &r, void *const *part, int64_t i, int units, Draws index, const Block &x,
                       bool usual) {
         if (usual)
             store_units<false>(r, part, i, units, index, x);
@@ -191,28 +183,27 @@ template <class Low, class P, class M, class V, class G> struct Step {
 
     // Stores a full block and computes the next full one.
     template <bool careful>
-    static bool store_and_compute(const collage_range &r, void *const *part, int64_t i, Draws &index, const Block &x,
+    static bool store_and_compute(const collage_range &r, void *const *part, int64_t i, Draws index, const Block &x,
                                   Block &next) {
         const collage_scalars k = *r.scalars;
         Usual<Low> usual;
         Largest largest;
         for (int j = 0; j < UNITS; j++) {
             compute_unit(r, k, part, i + (UNITS + j) * UNIT, j, next, usual, largest);
-            store_unit<careful>(r, part, i + j * UNIT, j, index, x);
-            advance(index, UNIT);
+            store_unit<careful>(r, part, i + j * UNIT, j, ahead_of(index, i + j * UNIT), x);
         }
         return guarded && usual.all();
     }
 
     INLINE Draws indices_from(uint32_t first) { return {lanes_from<order>(first, false), lanes_from<order>(first, true)}; }
 
-    // Elements of a unit, or of a block of codes, and the bytes of so many entries.
+    // Room for the elements of a unit or of a block of codes, and the bytes of so many entries.
     static constexpr int span = blocked ? COLLAGE_MAX_BLOCK : UNIT;
     INLINE int64_t bytes(const collage_range &r, int c, int64_t count) {
         return blocked ? count / r.elements[c] * r.cell[c] : count * r.cell[c];
     }
 
-    // A unit that the rest of a range does not fill, or a block, on copies.
+    // Elements that fill no unit, or a block of codes, on copies.
     template <class Do> static void padded(const collage_range &r, int64_t i, int64_t count, Do &&act) {
         alignas(64) char cells[parts + 1][4 * span] = {};
         void *copies[parts];
@@ -223,6 +214,7 @@ template <class Low, class P, class M, class V, class G> struct Step {
         memcpy(cells[parts], (const char *)r.grad + i * sizeof(typename G::Cell), count * sizeof(typename G::Cell));
         collage_range copy = r;
         copy.grad = cells[parts];
+        copy.count = span;
         copy.index = r.index + (uint32_t)i;
         act(copy, (void *const *)copies);
         for (int c = 0; c < parts; c++) memcpy((char *)r.part[c] + bytes(r, c, i), cells[c], bytes(r, c, count));
@@ -256,27 +248,31 @@ template <class Low, class P, class M, class V, class G> struct Step {
         void *part[parts];
         for (int c = 0; c < parts; c++) part[c] = r.part[c];
         Draws index = indices_from(r.index);
-        const int64_t whole = r.count / UNIT;
+        // A last unit that begins early is never alone: the one that it overlaps is loaded with it. A storage that adds
+        // to what it holds when it stores must not do so twice.
+        const int64_t rest = r.count % UNIT, early = !P::adds && rest && r.count > UNIT;
+        const int64_t all = r.count / UNIT + early;
+        auto next_units = [&](int64_t left) { return (int)(left <= UNITS + early ? left : UNITS); };
         int64_t unit = 0;
-        int current = 0, units = whole < UNITS ? (int)whole : UNITS;
+        int current = 0, units = next_units(all);
         bool usual = compute(r, part, 0, units, blocks[0]);
-        while (unit < whole) {
-            int64_t left = whole - unit - units;
+        while (unit < all) {
+            int64_t left = all - unit - units;
             Block &x = blocks[current], &next = blocks[1 - current];
-            if (ahead && left >= UNITS) {
+            if (ahead && units == UNITS && left >= UNITS + 2 * early) {
                 usual = usual ? store_and_compute<false>(r, part, unit * UNIT, index, x, next)
                               : store_and_compute<true>(r, part, unit * UNIT, index, x, next);
                 unit += UNITS;
             } else {
                 store(r, part, unit * UNIT, units, index, x, usual);
                 unit += units;
-                units = left < UNITS ? (int)left : UNITS;
-                usual = compute(r, part, unit * UNIT, units, next);
+                units = next_units(left);
+                if (units) usual = compute(r, part, unit * UNIT, units, next);
             }
             current = 1 - current;
         }
-        if (whole * UNIT < r.count)
-            padded(r, whole * UNIT, r.count - whole * UNIT, [&](const collage_range &copy, void *const *copies) {
+        if (rest && !early)
+            padded(r, r.count - rest, rest, [&](const collage_range &copy, void *const *copies) {
                 Draws last = indices_from(copy.index);
                 bool is_usual = compute(copy, copies, 0, 1, blocks[0]);
                 store(copy, copies, 0, 1, last, blocks[0], is_usual);
@@ -297,7 +293,7 @@ template <class Low, class P, class M, class V, class G> struct Step {
                 bool usual = compute(copy, part, 0, units, block);
                 store(copy, part, 0, units, index, block, usual);
                 for (int j = 0; j < units; j++) {
-                    const int begin = (int)place(r, j);
+                    const int begin = (int)place(copy, 0, j);
                     Pair g, u = block.update[j];
                     gradient(copy, begin, g.a, g.b);
                     for (int k = j * UNIT; k < count && k < (j + 1) * UNIT; k++) {

@@ -114,11 +114,11 @@ def step(batch: Batch, inputs: Inputs, backend: str) -> Tensor | None:
     Returns:
         The sums where ``inputs.audit``: float64 [number of parameters, len(SUMS)], else None.
     """
-    sums = _STEPS[backend](batch, inputs)
     if backend != "eager" and not torch.is_inference_mode_enabled():
-        # Torch's own operations tell autograd of a change; a kernel that is handed addresses must say so itself.
+        # Torch's own operations tell autograd of a change; a kernel that is handed addresses must say so itself. Before
+        # the step the parameters' own records are still in the cache.
         torch.autograd.graph.increment_version(batch.params)
-    return sums
+    return _STEPS[backend](batch, inputs)
 
 
 def check_first_use(batch: Batch, grad_dtype: torch.dtype, backend: str) -> None:
