@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import collage
 from comparing import bits, dtype_of, values
@@ -79,11 +80,11 @@ def placed(strategy: str, placements: list[Shard | Replicate]) -> None:
 
 
 def fsdp(strategy: str) -> None:
-    """fully_shard, its checkpoint's zero step, and loading on."""
+    """fully_shard, low parts, audits, its checkpoint's zero step, and loading on."""
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(24, 37, bias=False), nn.Linear(37, 128), nn.Linear(128, 33)).to(dtype)
+        return nn.Sequential(nn.Linear(24, 37, bias=False), nn.Linear(37, 128), nn.Linear(128, 33))
 
     mesh, dtype = init_device_mesh("cpu", (2,)), dtype_of(strategy)
     x = values((4, 24), 3, dtype, spread=1.0)
@@ -97,10 +98,16 @@ def fsdp(strategy: str) -> None:
     one, sharded, loaded = model(), model(), model()
     for net in (sharded, loaded):
         fully_shard(net, mesh=mesh)
+    for net in (one, sharded, loaded):
+        collage.to_low_precision(net, dtype)
     opts = [optimizer(list(net.parameters()), strategy) for net in (one, sharded, loaded)]
+    assert_equal(opts[1], opts[0])
+    audits = [collage.audit(opt, every=1) for opt in opts[:2]]
     train(one, opts[0], 2)
     train(sharded, opts[1], 2)
     assert_equal(opts[1], opts[0])
+    wanted, found = (audit.report()["total"] for audit in audits)
+    assert found == pytest.approx(wanted, rel=1e-6), "audits differ"
     state = get_optimizer_state_dict(sharded, opts[1])
     for mine, theirs in zip(loaded.parameters(), sharded.parameters(), strict=True):
         mine.data.copy_(theirs.data)
@@ -110,6 +117,38 @@ def fsdp(strategy: str) -> None:
     train(loaded, opts[2], 2)
     assert_equal(opts[1], opts[0])
     assert_equal(opts[2], opts[0])
+
+
+class TwoHalves(nn.Module):
+    """Adds up the second product as two processes with half of its inputs each do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(24, 64, bias=False), nn.Linear(64, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x).relu()
+        if isinstance(self.up.weight, DTensor):
+            return self.down(hidden)
+        halves = zip(hidden.chunk(2, 1), self.down.weight.chunk(2, 1), strict=True)
+        first, second = (nn.functional.linear(part, weight) for part, weight in halves)
+        return first + second
+
+
+def tensor_parallel(strategy: str) -> None:
+    """Column- and row-parallel layers."""
+    mesh, dtype = init_device_mesh("cpu", (2,)), dtype_of(strategy)
+    x = values((4, 24), 3, dtype, spread=1.0)
+    opts = []
+    for plan in ({}, {"up": ColwiseParallel(), "down": RowwiseParallel()}):
+        net = collage.to_low_precision(parallelize_module(TwoHalves(), mesh, plan) if plan else TwoHalves(), dtype)
+        opts.append(optimizer(list(net.parameters()), strategy))
+        for _ in range(3):
+            (net(x).float().square().mean() * 2.0**10).backward()
+            opts[-1].step()
+            opts[-1].zero_grad()
+    assert_equal(opts[1], opts[0])
 
 
 def cut_blocks_are_refused() -> None:
@@ -132,6 +171,7 @@ def main() -> None:
             placed(strategy, [Shard(dim)] * len(SHAPES))
         placed(strategy, [Replicate()] * len(SHAPES))
         fsdp(strategy)
+        tensor_parallel(strategy)
         if dist.get_rank() == 0:
             print(f"{strategy}: equal")
     dist.destroy_process_group()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from collage.optim.batches import runs
+from collage.optim.sharding import runs
 from comparing import LOW, values
 
 WORKER = Path(__file__).with_name("sharded_worker.py")

@@ -15,21 +15,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from collage import kernels
 from collage.kernels import MOMENTS, Hyper, Inputs, Layout
 from collage.optim import statedict
-from collage.optim.batches import (
-    GradOf,
-    Member,
-    Plan,
-    Together,
-    any_on_all_processes,
-    is_sharded,
-    local,
-    local_parts,
-    new_component,
-    placed_as,
-)
+from collage.optim.batches import GradOf, Member, Plan, Together
 from collage.optim.checks import check_grad, check_group, check_options, check_working_eps, known_on_host
 from collage.optim.lowprecision import take_full_value, warn_of_replaced
 from collage.optim.operator import register, traced_step
+from collage.optim.sharding import any_on_all_processes, is_sharded, local, local_parts, new_component, placed_as
 from collage.optim.states import States
 from collage.optim.strategies import Strategy, layout_of
 
@@ -42,7 +32,7 @@ class StepRow:
         group: index of its parameter group.
         param: the parameter.
         name: its name if the optimizer was given named parameters, else None.
-        sums: float64 tensor of :data:`collage.kernels.SUMS`.
+        sums: float64 tensor of :data:`collage.kernels.SUMS`, over the whole parameter even where it is sharded.
     """
 
     group: int

@@ -1,18 +1,14 @@
 """Which tensors are stepped together. Found once, and found again only when a tensor moved or an option changed: for
 thousands of small tensors a step has no time for more than a look at their addresses.
 
-A sharded parameter (DTensor) steps on its local part. That part is one run of the whole parameter's elements where it
-is sharded along its first dimension, and several otherwise; each run is a tensor of the batch by itself, so that random
-bits are those of the whole parameter, whatever the sharding.
+Each run of a sharded parameter's elements (:func:`collage.optim.sharding.runs`) is a tensor of the batch by itself.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import prod
 from operator import attrgetter, is_
 from typing import Any
 
@@ -21,6 +17,7 @@ from torch import Tensor
 
 from collage import kernels
 from collage.kernels import Batch, Layout
+from collage.optim.sharding import is_sharded, local, placed_like, runs, whole_sums
 from collage.storage import Component
 
 # The state of at least _MANY parameters of at most _SMALL elements is kept in one tensor.
@@ -54,83 +51,9 @@ def called(name: str | None) -> str:
     return "a parameter" if name is None else f"parameter {name!r}"
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. Whoever has one has loaded the module."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it is of torch's own classes."""
     return type(tensor) in (Tensor, torch.nn.Parameter)
-
-
-def local(tensor: Any) -> Tensor:
-    """The part of a tensor that is here; the tensor itself unless it is sharded. Not a copy outside gradient mode."""
-    if not is_sharded(tensor):
-        return tensor
-    part = tensor.to_local()
-    # What a collective still computes has no memory yet.
-    return part.wait() if hasattr(part, "wait") else part
-
-
-def local_parts(layout: Layout, param: Tensor, state: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """The local components of each role."""
-    return {role: list(map(local, layout.parts(role, param.detach(), state))) for role, _ in layout.roles}
-
-
-def new_component(param: Any, component: Component) -> Tensor:
-    """A state tensor of zeros, sharded as the parameter is."""
-    if component.elements == 1:
-        return torch.zeros_like(param, dtype=component.dtype, memory_format=torch.contiguous_format)
-    shape = component.shape(param.shape)
-    if not is_sharded(param):
-        return torch.zeros(shape, dtype=component.dtype, device=param.device)
-    from torch.distributed.tensor import zeros
-
-    return zeros(*shape, dtype=component.dtype, device_mesh=param.device_mesh, placements=param.placements)
-
-
-def placed_as(value: Tensor, param: Any) -> Tensor:
-    """The local part of a tensor of the parameter's shape as that tensor, sharded as the parameter is."""
-    if not is_sharded(param):
-        return value
-    return type(param.data).from_local(
-        value, param.device_mesh, param.placements, shape=param.shape, stride=param.stride(), run_check=False
-    )
-
-
-def runs(param: Any) -> list[tuple[int, int, int]]:
-    """A parameter's local elements as (index of the first within the whole parameter, start, end) of each run."""
-    if not is_sharded(param):
-        return [(0, 0, param.numel())]
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    if prod(shape) == 0:
-        return [(0, 0, 0)]
-    # Trailing dimensions that are whole are part of one run.
-    split = max((dim for dim in range(len(shape)) if shape[dim] != param.shape[dim]), default=0)
-    strides = [prod(param.shape[dim + 1 :]) for dim in range(len(shape))]
-    length = prod(shape[split:])
-    outer = [range(begin, begin + size) for begin, size in zip(offset[:split], shape[:split], strict=True)]
-    base = offset[split] * strides[split] if shape else 0
-    firsts = [base]
-    for indices, stride in zip(outer, strides, strict=False):
-        firsts = [first + index * stride for first in firsts for index in indices]
-    # Row-major order of the outer dimensions is the order of the local part.
-    return [(first, i * length, (i + 1) * length) for i, first in enumerate(firsts)]
-
-
-def any_on_all_processes(found: bool, params: Sequence[Any]) -> bool:
-    """Whether any process that shares one of these parameters found something: all of them must go the same way."""
-    # In the order of the parameters, which is that of every process: a set's order need not be.
-    for mesh in dict.fromkeys(param.device_mesh for param in params if is_sharded(param)):
-        flag = torch.tensor(float(found), device=mesh.device_type)
-        for dim in range(mesh.ndim):
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
-        found = bool(flag.item())
-    return found
 
 
 class Together:
@@ -208,11 +131,12 @@ class Together:
             param.copy_(copy)
 
     def by_member(self, sums: Tensor) -> Tensor:
-        """A row per member from a row per tensor of the batch."""
-        if self.owners is None:
-            return sums
-        rows = sums.new_zeros(len(self.members), sums.shape[1])
-        return rows.index_add_(0, torch.tensor(self.owners, device=sums.device), sums)
+        """A row per member, over all processes that share it, from a row per tensor of the batch."""
+        rows = sums
+        if self.owners is not None:
+            rows = sums.new_zeros(len(self.members), sums.shape[1])
+            rows.index_add_(0, torch.tensor(self.owners, device=sums.device), sums)
+        return whole_sums(rows, self.params) if self.sharded else rows
 
     def _owned(self) -> Iterator[tuple[int, Member]]:
         owners = range(len(self.members)) if self.owners is None else self.owners
@@ -358,13 +282,6 @@ def _have_memory(tensors: Sequence[Tensor]) -> bool:
     """Whether their elements stand at their addresses. Those of torch's own classes do."""
     others = set(map(type, tensors)) - {Tensor, torch.nn.Parameter}
     return not others or all(t.data_ptr() != 0 or t.numel() == 0 for t in tensors)
-
-
-def placed_like(grad: Any, param: Any) -> Tensor:
-    """The local part of a gradient, sharded as its parameter is."""
-    if is_sharded(grad) and grad.placements != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    return local(grad)
 
 
 class Plan:

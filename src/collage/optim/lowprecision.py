@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from collage.numerics import format_of, round_nearest
+from collage.optim.sharding import is_sharded, local, placed_as
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -38,7 +39,8 @@ def to_low_precision(model: ModuleT, dtype: torch.dtype = torch.bfloat16) -> Mod
 
     The full float32 values travel with the parameters until a collage optimizer is constructed on them; a strategy that
     can hold more than ``dtype`` (light, plus, mixed, ...) then starts from them. Until then they take 4 bytes per
-    parameter. Parameters of another dtype, and buffers, stay as they are.
+    parameter. Parameters of another dtype, and buffers, stay as they are. Sharded parameters are rounded part by part:
+    first ``fully_shard`` or ``parallelize_module``, then this, then the optimizer.
 
     Args:
         model: any module, changed in place.
@@ -61,11 +63,19 @@ def to_low_precision(model: ModuleT, dtype: torch.dtype = torch.bfloat16) -> Mod
                 continue
             seen.add(id(param))
             value = param.detach()
-            param.data = round_nearest(value, fmt)
             # A gradient of the old dtype cannot belong to the new parameter.
             param.grad = None
+            _replace_value(param, placed_as(round_nearest(local(value), fmt), param))
             _waiting[id(param)] = _Waiting(weakref.ref(param), weakref.ref(module), name, value)
     return model
+
+
+def _replace_value(param: nn.Parameter, value: Tensor) -> None:
+    if is_sharded(param):
+        # Exchanged as ``module.to(dtype)`` does it: ``data`` of a DTensor doesn't reach its local part.
+        torch.utils.swap_tensors(param, nn.Parameter(value, requires_grad=param.requires_grad))
+    else:
+        param.data = value
 
 
 def take_full_value(param: Tensor) -> Tensor | None:
@@ -76,8 +86,7 @@ def take_full_value(param: Tensor) -> Tensor | None:
         return None
     del _waiting[id(param)]
     value = entry.value.to(param.device)
-    same = value.shape == param.shape and torch.equal(round_nearest(value, format_of(param)), param.detach())
-    if not same:
+    if not _is_rounding_of(value, param):
         warnings.warn(
             f"parameter {entry.name!r} was changed after collage.to_low_precision: the low part kept for it is "
             "dropped. Load weights before the cast to keep them.",
@@ -85,6 +94,14 @@ def take_full_value(param: Tensor) -> Tensor | None:
         )
         return None
     return value
+
+
+def _is_rounding_of(value: Tensor, param: Tensor) -> bool:
+    """Of a sharded parameter the part that is here."""
+    if value.shape != param.shape or is_sharded(value) != is_sharded(param):
+        return False
+    full, held = local(value), local(param.detach())
+    return full.shape == held.shape and torch.equal(round_nearest(full, format_of(param)), held)
 
 
 def warn_of_replaced() -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from collage.optim.batches import local
+from collage.optim.sharding import local
 
 _library = torch.library.Library("collage", "FRAGMENT")
 _library.define("step_(Tensor(a!)[] params, Tensor[] grads, int[] ordinals, int optimizer) -> ()")
