@@ -113,7 +113,7 @@ def _result(run: dict[str, Any]) -> str:
 
 
 @app.command()
-@config_options(without=("strategy", "seed"))
+@config_options(without=("strategy", "seed", "fsdp", "reduce_dtype"))
 def compare(
     settings: dict[str, Any],
     strategies: Annotated[

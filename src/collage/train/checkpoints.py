@@ -4,6 +4,8 @@ step-000120/model.safetensors       the weights the model computes with, and con
 step-000120/optimizer.safetensors   every tensor of the optimizer's state, as "index.name"
 step-000120/optimizer.json          the parameter groups
 step-000120/trainer.json            step, settings, loss scale
+
+A sharded run has shard-*.safetensors in place of the first two files: see `collage.train.sharded`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,43 +75,76 @@ def save(
 
     Until the new checkpoint is whole and on the disk, the older ones stay as they are.
     """
-    target = folder / f"step-{progress.step:06d}"
-    aside = folder / f".{target.name}"
-    for abandoned in folder.glob(".step-*"):
-        shutil.rmtree(abandoned)
+    aside = make_aside(folder, progress.step)
     try:
-        aside.mkdir(parents=True)
-        _write(aside, progress, config, model, optimizer)
-        for path in aside.iterdir():
-            _to_disk(path)
-        _to_disk(aside)
-        # Only a folder that isn't whole can stand there under another content: steps replayed have the same bits.
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-        _to_disk(folder)
+        saved = whole(progress, config, model, optimizer)
+        write(aside, saved, model.config.to_json_string())
+        return commit(aside, keep)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what saves that were cut off have left in a folder of checkpoints."""
+    for abandoned in folder.glob(".step-*"):
+        shutil.rmtree(abandoned)
+
+
+def make_aside(folder: Path, step: int) -> Path:
+    """An empty folder for a checkpoint in the making, the only one of its kind in `folder`."""
+    remove_abandoned(folder)
+    aside = folder / f".step-{step:06d}"
+    aside.mkdir(parents=True)
+    return aside
+
+
+def commit(aside: Path, keep: int) -> Path:
+    """Bring a folder of `make_aside` to the disk and give it its final name; then remove all but the newest `keep`."""
+    for path in aside.iterdir():
+        _to_disk(path)
+    _to_disk(aside)
+    folder, target = aside.parent, aside.with_name(aside.name.removeprefix("."))
+    # Only a folder that isn't whole can stand there under another content: steps replayed have the same bits.
+    if target.exists():
+        shutil.rmtree(target)
+    aside.rename(target)
+    _to_disk(folder)
     for old in set(_numbered(folder)) - set(_complete(folder)[-keep:]):
         shutil.rmtree(old)
     return target
 
 
-def _write(folder: Path, progress: Progress, config: TrainConfig, model: PreTrainedModel, optimizer: Optimizer) -> None:
+def whole(progress: Progress, config: TrainConfig, model: PreTrainedModel, optimizer: Optimizer) -> Saved:
+    """What a checkpoint of a model that isn't sharded holds."""
     tied = tied_names(model)
     weights = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if name not in tied
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(model.config.to_json_string(), encoding="utf-8")
-    state = optimizer.state_dict()
+    return Saved(trainer_facts(progress, config), weights, optimizer.state_dict())
+
+
+def trainer_facts(progress: Progress, config: TrainConfig) -> dict[str, Any]:
+    """The content of trainer.json."""
+    return {**asdict(progress), "config": config.to_json()}
+
+
+def write(folder: Path, saved: Saved, model_json: str) -> None:
+    """Write the files of a checkpoint that isn't sharded; `model_json` is the configuration of its model."""
+    save_file(saved.weights, folder / "model.safetensors", metadata={"format": "pt"})
     tensors = {
-        f"{index}.{name}": tensor.cpu() for index, entry in state["state"].items() for name, tensor in entry.items()
+        f"{index}.{name}": tensor.cpu()
+        for index, entry in saved.optimizer["state"].items()
+        for name, tensor in entry.items()
     }
     save_file(tensors, folder / "optimizer.safetensors")
-    write_json(folder / "optimizer.json", {"param_groups": state["param_groups"]})
-    trainer = {"step": progress.step, "wall_time_s": progress.wall_time_s, "scaler": progress.scaler}
-    write_json(folder / "trainer.json", {**trainer, "config": config.to_json()})
+    write_facts(folder, saved.trainer, saved.optimizer["param_groups"], model_json)
+
+
+def write_facts(folder: Path, trainer: dict[str, Any], groups: list[dict[str, Any]], model_json: str) -> None:
+    """Write what a checkpoint holds beside tensors."""
+    (folder / "config.json").write_text(model_json, encoding="utf-8")
+    write_json(folder / "optimizer.json", {"param_groups": groups})
+    write_json(folder / "trainer.json", trainer)
 
 
 def _to_disk(path: Path) -> None:
@@ -130,7 +165,15 @@ def _numbered(folder: Path) -> list[Path]:
 
 def missing_files(path: Path) -> list[str]:
     """The files that a folder lacks to be a whole checkpoint."""
-    return [name for name in FILES if not (path / name).is_file()]
+    return [name for name in _files(path) if not (path / name).is_file()]
+
+
+def _files(path: Path) -> list[str]:
+    try:
+        shards = json.loads((path / "trainer.json").read_text(encoding="utf-8")).get("shards")
+    except (OSError, ValueError, AttributeError):
+        shards = None
+    return [*FILES] if shards is None else [*shards, *FILES[2:]]
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -150,13 +193,17 @@ def load(path: Path, config: TrainConfig, model: torch.nn.Module, optimizer: Opt
         CheckpointError: a file is damaged, or the checkpoint belongs to other settings.
     """
     saved = read(path, f"remove the folder {path} to go on from the checkpoint before it")
-    trainer = saved.trainer
-    _check_config(path, TrainConfig.from_json(trainer["config"]), config)
+    check_config(path, saved.trainer, config)
     try:
         load_weights(model, with_tied(model, saved.weights))
         optimizer.load_state_dict(saved.optimizer)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} doesn't fit this model and optimizer: {error}") from error
+    return progress_of(saved.trainer)
+
+
+def progress_of(trainer: dict[str, Any]) -> Progress:
+    """How far a run had come, from the content of trainer.json."""
     return Progress(trainer["step"], trainer["wall_time_s"], trainer["scaler"])
 
 
@@ -167,34 +214,72 @@ def read(path: Path, remedy: str) -> Saved:
         CheckpointError: a file can't be read; the message ends with `remedy`.
     """
     trainer = read_json(path / "trainer.json", remedy)
+    groups = read_json(path / "optimizer.json", remedy)["param_groups"]
+    groups = [{**group, "betas": tuple(group["betas"])} for group in groups]
+    read_tensors = _read_files if trainer.get("shards") is None else _read_shards
+    weights, state = read_tensors(path, groups, remedy)
+    return Saved(trainer, weights, {"state": state, "param_groups": groups})
+
+
+_Read = tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]]]
+
+
+def _read_files(path: Path, groups: list[dict[str, Any]], remedy: str) -> _Read:
     weights = _read_tensors(path / "model.safetensors", remedy)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in _read_tensors(path / "optimizer.safetensors", remedy).items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = tensor
-    groups = read_json(path / "optimizer.json", remedy)["param_groups"]
-    groups = [{**group, "betas": tuple(group["betas"])} for group in groups]
-    return Saved(trainer, weights, {"state": state, "param_groups": groups})
+    return weights, state
 
 
-def _check_config(path: Path, stored: TrainConfig, config: TrainConfig) -> None:
+def _read_shards(path: Path, groups: list[dict[str, Any]], remedy: str) -> _Read:
+    from collage.train import shards
+
     try:
-        resumed(stored, config.to_json())
+        tensors = shards.read_whole(path)
+    except shards.ShardsError as error:
+        raise CheckpointError(f"{error}; {remedy}") from error
+    index = {name: key for g in groups for name, key in zip(g["param_names"], g["params"], strict=True)}
+    weights, state = {}, {}
+    for key, tensor in tensors.items():
+        if key.startswith(shards.WEIGHTS):
+            weights[key.removeprefix(shards.WEIGHTS)] = tensor
+        else:
+            param, _, name = key.removeprefix(shards.OPTIMIZER).rpartition(".")
+            state.setdefault(index[param], {})[name] = tensor
+    return weights, state
+
+
+def check_config(path: Path, trainer: dict[str, Any], config: TrainConfig) -> None:
+    """Raise `CheckpointError` unless a run with the settings `config` can go on with the checkpoint of trainer.json."""
+    try:
+        resumed(TrainConfig.from_json(trainer["config"]), config.to_json())
     except UserError as error:
         raise CheckpointError(f"{path} is a checkpoint of other settings: {error}") from error
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put `weights` into the model, bit for bit.
+    """Put `weights` into the model, bit for bit; where it is sharded each process takes its parts.
 
     Raises:
         ValueError: a tensor of another dtype.
         RuntimeError: other names or shapes than the model's.
     """
-    for name, tensor in model.state_dict().items():
+    own = model.state_dict()
+    for name, tensor in own.items():
         if name in weights and weights[name].dtype != tensor.dtype:
             raise ValueError(f"{name} must be {tensor.dtype}, got {weights[name].dtype}")
-    model.load_state_dict(weights)
+    model.load_state_dict({name: placed_like(w, own[name]) if name in own else w for name, w in weights.items()})
+
+
+def placed_like(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that every process has whole, sharded as `tensor` is; a count of one element stays whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(tensor, DTensor) or whole.ndim == 0:
+        return whole
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def tied_names(model: torch.nn.Module) -> dict[str, str]:

@@ -26,6 +26,7 @@ ARITHMETICS = ("fp32", "working")
 SCHEDULES = ("cosine", "linear", "constant")
 TOKENIZERS = ("bytes", "bpe")
 GRAD_DTYPES = ("model", "float32")
+REDUCE_DTYPES = ("model", "float32")
 BYTE_VOCABULARY = 257
 """The byte tokenizer's vocabulary: 256 bytes and the end-of-document token."""
 
@@ -98,6 +99,13 @@ class TrainConfig:
         "model", BATCH, "What gradients are kept and accumulated in: model (the weights' format) or float32."
     )
 
+    reduce_dtype: str = _setting(
+        "model",
+        BATCH,
+        "What gradients are added up in over several processes: model (the weights' format, half the bytes sent) or "
+        "float32 (rounded once, after the sum). With one process it has no effect.",
+    )
+
     data: str | None = _setting(
         None, DATA, "A text file, or a folder of them. Unset: the Python standard library's own sources."
     )
@@ -123,6 +131,14 @@ class TrainConfig:
     keep_checkpoints: int = _setting(2, RUN, "How many of the newest checkpoints are kept.")
     device: str | None = _setting(None, RUN, "cpu, cuda, cuda:1 ...; unset: a GPU if there is one.")
     threads: int | None = _setting(None, RUN, "CPU threads; unset: as many as torch takes.")
+
+    fsdp: bool = _setting(
+        False,
+        RUN,
+        "Shard weights, gradients and optimizer states (FSDP2), so that each process holds a part of every parameter: "
+        "torchrun --nproc-per-node 8 -m collage train --fsdp ... Without it each has the whole model (DDP). With one "
+        "process it has no effect. Any number of processes can resume a checkpoint, with --fsdp or --no-fsdp.",
+    )
 
     from_checkpoint: str | None = _setting(
         None,
@@ -173,7 +189,7 @@ class TrainConfig:
 
 
 OBSERVING = ("log_every", "eval_every", "audit_every")
-EXECUTING = ("checkpoint_every", "keep_checkpoints", "device", "threads", "backend")
+EXECUTING = ("checkpoint_every", "keep_checkpoints", "device", "threads", "backend", "fsdp")
 _FILLED = {"warmup": "warmup_steps", "min_lr": "final_lr"}
 
 
@@ -249,6 +265,7 @@ def _fail(name: str, got: object, allowed: str, remedy: str = "") -> UserError:
 _INTEGERS = ("steps", "warmup", "batch_size", "seq_len", "micro_batch", "corpus_bytes", "vocab_size", "eval_every")
 _INTEGERS += ("eval_batches", "log_every", "audit_every", "seed", "checkpoint_every", "keep_checkpoints", "threads")
 _NUMBERS = ("lr", "min_lr", "eps", "weight_decay", "clip")
+_FLAGS = ("fsdp",)
 _OPTIONAL = ("backend", "warmup", "min_lr", "micro_batch", "data", "corpus_bytes", "vocab_size", "device", "threads")
 _OPTIONAL += ("from_checkpoint",)
 
@@ -260,6 +277,9 @@ def _check_types(config: TrainConfig) -> None:
             continue
         if name == "betas":
             _check_betas(config.betas)
+        elif name in _FLAGS:
+            if not isinstance(value, bool):
+                raise _fail(name, value, "true or false")
         elif name in _INTEGERS:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise _fail(name, value, "a whole number")
@@ -285,6 +305,7 @@ def _check_choices(config: TrainConfig) -> None:
         "schedule": SCHEDULES,
         "tokenizer": TOKENIZERS,
         "grad_dtype": GRAD_DTYPES,
+        "reduce_dtype": REDUCE_DTYPES,
     }
     if config.backend is not None:
         choices["backend"] = [backend.name for backend in collage.backends().values() if backend.available]

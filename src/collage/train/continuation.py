@@ -25,7 +25,7 @@ STEPS, SLOWER = 250, 10.0
 """Unless said otherwise, the steps of a continuation, and what divides the source's lr for its lr, that for min_lr."""
 
 INHERITED = ("model", "dtype", "betas", "eps", "weight_decay", "clip", "batch_size", "seq_len", "micro_batch")
-INHERITED += ("grad_dtype", "data", "corpus_bytes", "tokenizer", "vocab_size", "eval_batches")
+INHERITED += ("grad_dtype", "reduce_dtype", "data", "corpus_bytes", "tokenizer", "vocab_size", "eval_batches")
 """Settings that are the source run's unless said otherwise."""
 
 FIXED = ("model", "tokenizer", "vocab_size")
@@ -274,7 +274,11 @@ def start(config: TrainConfig, model: torch.nn.Module, optimizer: collage.AdamW)
         assert low.optimizer is not None
         checkpoints.load_weights(model, low.model)
         theirs = [key for group in low.optimizer["param_groups"] for key in group["params"]]
-        state = {key: low.optimizer["state"][their] for key, their in zip(keys, theirs, strict=True)}
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        state = {
+            key: {name: checkpoints.placed_like(value, param) for name, value in low.optimizer["state"][their].items()}
+            for key, their, param in zip(keys, theirs, params, strict=True)
+        }
         optimizer.load_state_dict({"state": state, "param_groups": own})
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         said = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())

@@ -5,19 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import collage
-from collage.train import checkpoints, continuation, runfiles
+from collage.train import checkpoints, continuation, processes, runfiles, sharded
 from collage.train.config import RunFailed, TrainConfig, UserError
 from collage.train.data import Corpus, Windows, load_corpus, prepare_corpus
 from collage.train.display import Display, conversion_text
@@ -65,9 +66,10 @@ class _Run:
         self.config, self.out = config, out
 
         # ---- machine
-        self.accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+        self.accelerator = processes.start_processes(config)
         self.device = _device(config, self.accelerator)
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.sharded = config.fsdp and self.processes > 1
         self.micro_batch = _micro_batch(config, self.processes)
         self.products = products(self.device, config.model_dtype)
 
@@ -86,7 +88,10 @@ class _Run:
             attention=attention_for(self.device.type, config.seq_len),
         )
         fresh_sha256 = runfiles.weights_sha256(self.weights)
-        self.weights.to(self.device)  # pyright: ignore[reportArgumentType] - wrapped by transformers
+        if self.sharded:
+            processes.shard(self.weights, self.device, self.processes, config.reduce_dtype)
+        else:
+            self.weights.to(self.device)  # pyright: ignore[reportArgumentType] - wrapped by transformers
         if config.model_dtype != torch.float32:
             collage.to_low_precision(self.weights, config.model_dtype)
         self.optimizer = collage.AdamW(
@@ -101,17 +106,20 @@ class _Run:
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if config.grad_dtype == "float32":
-            _keep_gradients_in_float32(self.parameters)
+            _keep_gradients_in_float32(config, self.parameters, self.processes)
         self.audit = collage.audit(self.optimizer, every=_NEVER)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.model_dtype == torch.float16)
         # Accelerate's optimizer wrapper is left out: it would stand between the loss scaler and the optimizer.
-        self.model: nn.Module = self.accelerator.prepare_model(self.weights, device_placement=False)
+        self.model: nn.Module = self.weights
+        if not self.sharded:
+            self.model = processes.replicate(self.weights, self.accelerator, config.reduce_dtype)
 
         # ---- where it starts, and files
         self.step, self.earlier_s, self.order_seed = 0, 0.0, config.seed
-        reached = checkpoints.latest(out / "checkpoints") if resume else None
+        self.saves = sharded.Saves(out / "checkpoints", config.keep_checkpoints) if self.sharded else None
+        reached = _reached(out / "checkpoints", self.accelerator) if resume else None
         facts = {"command": command, "corpus": text.info.to_json(), "init_sha256": fresh_sha256}
-        facts["products"] = self.products
+        facts |= {"products": self.products, "processes": self.processes, "sharded": self.sharded}
         if config.from_checkpoint is not None:
             facts |= self._continue() if reached is None else _earlier_start(out)
             self.order_seed = continuation.order_seed(facts["init_sha256"], config.seed)
@@ -142,11 +150,13 @@ class _Run:
                     if self._due(config.checkpoint_every, self.step) or stopping:
                         self._save()
                     if stopping:
+                        self._wait_for_save()
                         display.say(
                             f"stopped after step {self.step} of {config.steps}; the checkpoint is saved. "
                             f"Go on with: collage train --out {self.out} --resume"
                         )
                         return self._finish("interrupted")
+                self._wait_for_save()
             final = runfiles.final_figures(self.metrics.records, config.steps)
             return self._finish("finished", final)
         except KeyboardInterrupt:
@@ -213,15 +223,22 @@ class _Run:
         return float(self.accelerator.reduce(total, "mean"))  # pyright: ignore[reportArgumentType]
 
     def _micro_batches(self, sequences: np.ndarray) -> list[Tensor]:
-        share = torch.from_numpy(sequences[self.rank :: self.processes]).to(self.device)
+        # In one piece, as one process with micro-batches of that size has them.
+        share = torch.from_numpy(np.array_split(sequences, self.processes)[self.rank]).to(self.device)
         return list(share.split(self.micro_batch)) if len(share) else []
+
+    def _validation_batches(self) -> Iterator[Tensor]:
+        """This process's share of the validation set."""
+        shares = self._micro_batches(self.validation)
+        yield from shares
+        largest = -(-len(self.validation) // self.processes)
+        for _ in range(len(shares), -(-largest // self.micro_batch) if self.sharded else 0):
+            # In a forward pass all processes exchange their shards, so that each must make as many.
+            self.weights(input_ids=torch.from_numpy(self.validation[:1, :-1]).to(self.device), use_cache=False)
 
     def _clip_gradients(self) -> float:
         """Scale gradients down to the norm `clip`; returns their norm before, computed in fp32."""
-        scale = self.scaler.get_scale()
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) / scale
+        norm = processes.gradient_norm(self.parameters, self.accelerator) / self.scaler.get_scale()
         if self.config.clip:
             # With a loss scale, both sides of the comparison are unscaled and the factor is the same.
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
@@ -245,7 +262,7 @@ class _Run:
         """Mean loss per token on the validation set, with the weights that the model computes with."""
         self.weights.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for sequences in self._micro_batches(self.validation):
+        for sequences in self._validation_batches():
             with multiplying(self.products):
                 loss = float(_loss(self.weights, sequences))
             total += torch.tensor([loss * len(sequences), len(sequences)]).to(total)
@@ -310,7 +327,8 @@ class _Run:
         self.record["command"] = run["command"]
         self._check_same_start(run)
         if checkpoint is not None:
-            progress = checkpoints.load(checkpoint, self.config, self.weights, self.optimizer)
+            load = sharded.load if self.sharded else checkpoints.load
+            progress = load(checkpoint, self.config, self.weights, self.optimizer)
             self.step, self.earlier_s = progress.step, progress.wall_time_s
             self.scaler.load_state_dict(progress.scaler)
 
@@ -340,23 +358,40 @@ class _Run:
         return runfiles.Metrics(self.out / "metrics.jsonl", self.step)
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            self.metrics.sync()
-            progress = checkpoints.Progress(self.step, self._wall_time(), self.scaler.state_dict())
-            folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
-            try:
+        """Save; of a sharded model only begin to. All processes come here together."""
+        self.metrics.sync()
+        progress = checkpoints.Progress(self.step, self._wall_time(), self.scaler.state_dict())
+        folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
+        with self._saving():
+            if self.saves is not None:
+                self.saves.start(progress, self.config, self.weights, self.optimizer)
+            elif self.accelerator.is_main_process:
                 checkpoints.save(folder, progress, self.config, self.weights, self.optimizer, keep)
-            except (OSError, SafetensorError) as error:
-                raise RunFailed(
-                    f"the checkpoint of step {self.step} can't be written to {folder}: {error}; those before it are "
-                    f"whole. Make room, then go on with: collage train --out {self.out} --resume"
-                ) from error
         self.accelerator.wait_for_everyone()
+
+    def _wait_for_save(self) -> None:
+        with self._saving():
+            if self.saves is not None:
+                self.saves.wait()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(
+                f"the last checkpoint until step {self.step} can't be written to {self.out / 'checkpoints'}: {error}; "
+                f"those before it are whole. Make room, then go on with: collage train --out {self.out} --resume"
+            ) from error
 
     def _wall_time(self) -> float:
         return self.earlier_s + time.perf_counter() - self.started
 
     def _finish(self, status: str, final: dict[str, Any] | None = None) -> dict[str, Any]:
+        if self.saves is not None and status == "failed":
+            # What has failed is said already; of a save that goes well nothing shall be lost.
+            with suppress(OSError):
+                self.saves.wait()
         self.record |= {
             "status": status,
             "state_bytes": runfiles.state_bytes(self.optimizer),
@@ -372,6 +407,15 @@ class _Run:
 
 _AUDIT_KEYS = ("edq", "update_norm", *runfiles.AUDITED)
 _NEVER = sys.maxsize
+
+
+def _reached(folder: Path, accelerator: Accelerator) -> Path | None:
+    """The checkpoint from which all processes go on; what saves that were cut off have left is removed."""
+    found = [None]
+    if accelerator.is_main_process:
+        checkpoints.remove_abandoned(folder)
+        found = [checkpoints.latest(folder)]
+    return broadcast_object_list(found)[0] if accelerator.num_processes > 1 else found[0]
 
 
 def _earlier_start(out: Path) -> dict[str, Any]:
@@ -408,7 +452,12 @@ def _micro_batch(config: TrainConfig, processes: int) -> int:
     return micro
 
 
-def _keep_gradients_in_float32(parameters: list[Tensor]) -> None:
+def _keep_gradients_in_float32(config: TrainConfig, parameters: list[Tensor], processes: int) -> None:
+    if processes > 1 and config.model_dtype != torch.float32:
+        raise UserError(
+            f"grad_dtype float32 needs a single process, since DDP and FSDP2 keep gradients in the weights' dtype, got "
+            f"{processes}; use reduce_dtype float32"
+        )
     if not hasattr(torch.Tensor, "grad_dtype"):
         raise UserError(
             f"grad_dtype float32 needs a torch with Tensor.grad_dtype, got {torch.__version__}; use grad_dtype model"

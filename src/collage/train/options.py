@@ -40,9 +40,11 @@ def config_options(*, without: Collection[str] = ()) -> Callable[[Callable[..., 
 
 def _parameter(setting: Field[Any]) -> inspect.Parameter:
     declared = get_type_hints(TrainConfig)[setting.name]
-    shown = "" if setting.default is None else f" (default: {_text(setting.default)})"
+    flag = isinstance(setting.default, bool)
+    shown = "" if setting.default is None or flag else f" (default: {_text(setting.default)})"
+    name = option(setting.name)
     info = typer.Option(
-        option(setting.name),
+        f"{name}/--no-{setting.name}" if flag else name,
         help=setting.metadata["help"] + shown,
         rich_help_panel=setting.metadata["panel"],
         show_default=False,
