@@ -275,7 +275,7 @@ def test_a_tokenizer_that_is_not_there_or_does_not_fit_is_refused(bpe: Path) -> 
     assert continued_text(config).info.vocab_size == 270
     file = find(bpe) / "tokenizer.json"
     file.write_text("{}")
-    with pytest.raises(UserError, match="must be a tokenizer that `collage train` wrote"):
+    with pytest.raises(UserError, match="must be a tokenizer that `collage train`"):
         continued_text(config)
     file.write_text(str(prepare_corpus(replace(config, vocab_size=280)).tokenizer_json))
     with pytest.raises(UserError, match=r"must have the 270 tokens of the model in .*, got 280"):

@@ -22,6 +22,7 @@ from collage.train import checkpoints, loop, runfiles
 from collage.train.config import RunFailed, TrainConfig, UserError
 from collage.train.data import Windows, prepare_corpus
 from collage.train.loop import train
+from collage.train.objectives import Batch, Objective
 from collage.train.schedule import learning_rate
 
 
@@ -407,20 +408,20 @@ def test_a_checkpoint_that_cannot_be_written_fails_the_run_and_keeps_the_one_bef
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_step(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str
 ) -> None:
-    out, steps, real = tmp_path / "run", [0], loop._loss
+    out, steps, real = tmp_path / "run", [0], Objective.losses
 
-    def loss(model: torch.nn.Module, sequences: torch.Tensor) -> torch.Tensor:
-        found = real(model, sequences)
+    def losses(self: Objective, model: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
+        (found,) = real(self, model, batch)
         if steps[0] == 4 and poison == "loss":
-            return found * math.nan
+            return [found * math.nan]
         if steps[0] == 4 and found.requires_grad:
             found.register_hook(lambda grad: grad * math.inf)
-        return found
+        return [found]
 
     def count(optimizer: Optimizer) -> None:
         steps[0] += 1
 
-    monkeypatch.setattr(loop, "_loss", loss)
+    monkeypatch.setattr(Objective, "losses", losses)
     name = {"loss": "the loss of step 5 is nan", "gradient": "the gradient norm of step 5 is nan"}[poison]
     with watching_steps(count), pytest.raises(RunFailed, match=rf"{name}.*last checkpoint is step-000003.*--lr"):
         train(tiny, out)

@@ -152,7 +152,7 @@ def make_plan(settings: dict[str, Any], strategies: str | None, seeds: int | Non
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    if settings.get("from_checkpoint") is None:
+    if settings.get("from_checkpoint") is None and settings.get("recipe") is None:
         return settings
     from collage.train.continuation import continued  # needs what reports, which read this module, do without
 

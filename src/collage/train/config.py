@@ -16,19 +16,36 @@ from typing import Any
 import torch
 
 import collage
-from collage.train.models import MODELS
+from collage.train.models import BERT, CAUSAL, MODELS
 
-MODEL, OPTIMIZER, SCHEDULE, BATCH = "Model and precision", "Optimizer", "Steps and schedule", "Batch"
+RECIPE, MODEL, OPTIMIZER, SCHEDULE, BATCH = "Recipe", "Model and precision", "Optimizer", "Steps and schedule", "Batch"
 DATA, MEASURE, RUN, START = "Text", "Measuring", "Run", "Continuing from a checkpoint"
 
 DTYPES = ("bfloat16", "float16")
 ARITHMETICS = ("fp32", "working")
 SCHEDULES = ("cosine", "linear", "constant")
-TOKENIZERS = ("bytes", "bpe")
 GRAD_DTYPES = ("model", "float32")
 REDUCE_DTYPES = ("model", "float32")
 BYTE_VOCABULARY = 257
 """The byte tokenizer's vocabulary: 256 bytes and the end-of-document token."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A vocabulary of the Hugging Face hub, and what to train on the text where that is out of reach."""
+
+    repository: str
+    kind: str
+    vocab_size: int
+
+
+PRETRAINED = {
+    "gpt2": Published("openai-community/gpt2", "bpe", 50_257),
+    "bert": Published("google-bert/bert-base-uncased", "wordpiece", 30_522),
+    "roberta": Published("FacebookAI/roberta-base", "bpe", 50_265),
+    "llama": Published("huggyllama/llama-7b", "bpe", 32_000),
+}
+TOKENIZERS = ("bytes", "bpe", "wordpiece", *PRETRAINED)
 
 
 class UserError(ValueError):
@@ -51,6 +68,14 @@ class TrainConfig:
         UserError: a setting, or two settings together, can't be trained with.
     """
 
+    recipe: str | None = _setting(
+        None,
+        RECIPE,
+        "A whole configuration by name: every setting below that isn't given is the recipe's. `collage recipes` shows "
+        "them. --steps without --warmup keeps the warm-up's share of the steps, --lr without --min-lr the ratio of the "
+        "two.",
+    )
+
     model: str = _setting("gpt-1m", MODEL, f"Architecture, with fresh weights: {', '.join(MODELS)}.")
     strategy: str = _setting(
         "plus",
@@ -69,6 +94,11 @@ class TrainConfig:
     )
     backend: str | None = _setting(
         None, MODEL, "Which implementation does the optimizer step; unset: the fastest one for the device."
+    )
+    dropout: float | None = _setting(
+        None,
+        MODEL,
+        "Probability of dropout, drawn from seed and step. Unset: 0 for GPT and LLaMA, 0.1 for BERT and RoBERTa.",
     )
 
     lr: float = _setting(1e-3, OPTIMIZER, "Learning rate at the end of the warm-up.")
@@ -114,8 +144,15 @@ class TrainConfig:
         DATA,
         "Take whole documents up to this many bytes. Unset: 5,000,000 of the standard library, all of --data.",
     )
-    tokenizer: str = _setting("bytes", DATA, "bytes, or bpe: byte-level BPE, trained on the train split.")
-    vocab_size: int | None = _setting(None, DATA, "Tokens of the bpe vocabulary (unset: 4,096). bytes has 257.")
+    tokenizer: str = _setting(
+        "bytes",
+        DATA,
+        "bytes; bpe (byte-level BPE) or wordpiece (BERT's, lower-case), trained on the train split; a published one, "
+        f"{', '.join(PRETRAINED)}, from the Hugging Face hub or its local cache; or a tokenizer.json.",
+    )
+    vocab_size: int | None = _setting(
+        None, DATA, "Tokens of a vocabulary trained on the text (unset: 4,096). bytes has 257."
+    )
 
     eval_every: int = _setting(100, MEASURE, "Steps between validations; the last step always has one. 0 = only there.")
     eval_batches: int = _setting(8, MEASURE, "Batches in the validation set: the same ones each time.")
@@ -264,10 +301,10 @@ def _fail(name: str, got: object, allowed: str, remedy: str = "") -> UserError:
 
 _INTEGERS = ("steps", "warmup", "batch_size", "seq_len", "micro_batch", "corpus_bytes", "vocab_size", "eval_every")
 _INTEGERS += ("eval_batches", "log_every", "audit_every", "seed", "checkpoint_every", "keep_checkpoints", "threads")
-_NUMBERS = ("lr", "min_lr", "eps", "weight_decay", "clip")
+_NUMBERS = ("lr", "min_lr", "eps", "weight_decay", "clip", "dropout")
 _FLAGS = ("fsdp",)
 _OPTIONAL = ("backend", "warmup", "min_lr", "micro_batch", "data", "corpus_bytes", "vocab_size", "device", "threads")
-_OPTIONAL += ("from_checkpoint",)
+_OPTIONAL += ("from_checkpoint", "recipe", "dropout")
 
 
 def _check_types(config: TrainConfig) -> None:
@@ -303,7 +340,6 @@ def _check_choices(config: TrainConfig) -> None:
         "dtype": DTYPES,
         "arithmetic": ARITHMETICS,
         "schedule": SCHEDULES,
-        "tokenizer": TOKENIZERS,
         "grad_dtype": GRAD_DTYPES,
         "reduce_dtype": REDUCE_DTYPES,
     }
@@ -312,12 +348,18 @@ def _check_choices(config: TrainConfig) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise _fail(name, getattr(config, name), "one of " + ", ".join(allowed))
+    if config.recipe is not None:
+        from collage.train.recipes import known  # recipes are made of this module's record
+
+        known(config.recipe)
+    if config.tokenizer not in TOKENIZERS and not Path(config.tokenizer).exists():
+        raise _fail("tokenizer", config.tokenizer, f"one of {', '.join(TOKENIZERS)}, or a tokenizer.json that exists")
 
 
 _LEAST = {"steps": 1, "warmup": 0, "batch_size": 1, "seq_len": 2, "micro_batch": 1, "corpus_bytes": 1}
 _LEAST |= {"vocab_size": 257, "eval_every": 0, "eval_batches": 1, "log_every": 1, "audit_every": 0, "seed": 0}
 _LEAST |= {"checkpoint_every": 0, "keep_checkpoints": 1, "threads": 1}
-_LEAST |= {"lr": 0.0, "min_lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "clip": 0.0}
+_LEAST |= {"lr": 0.0, "min_lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "clip": 0.0, "dropout": 0.0}
 
 
 _SEEDS = 2**63
@@ -348,5 +390,20 @@ def _check_together(config: TrainConfig) -> None:
         raise _fail("strategy", config.strategy, f"one of {', '.join(able)} with arithmetic working")
     if config.arithmetic == "working" and config.backend not in (None, "eager"):
         raise _fail("backend", config.backend, "eager with arithmetic working", "leave it unset")
+    if config.dropout is not None and config.dropout >= 1.0:
+        raise _fail("dropout", config.dropout, "less than 1")
+    _check_text(config)
+
+
+def _check_text(config: TrainConfig) -> None:
+    """Raise `UserError` unless sequences and tokens fit each other and the model."""
+    spec = MODELS[config.model]
+    if spec.positions is not None and config.seq_len > spec.positions:
+        raise _fail("seq_len", config.seq_len, f"at most {spec.positions}, the positions of {config.model}")
+    if spec.family.objective != CAUSAL and config.tokenizer == "bytes":
+        kind = "wordpiece" if spec.family is BERT else "bpe"
+        raise _fail("tokenizer", "bytes", f"one with a mask token for {config.model}", f"use tokenizer {kind}")
+    if config.tokenizer == "wordpiece" and spec.family is not BERT:
+        raise _fail("tokenizer", "wordpiece", f"one with the special tokens of {config.model}", "use tokenizer bpe")
     if config.tokenizer == "bytes" and config.vocab_size not in (None, BYTE_VOCABULARY):
         raise _fail("vocab_size", config.vocab_size, f"{BYTE_VOCABULARY} with the byte tokenizer", "use tokenizer bpe")

@@ -19,6 +19,7 @@ from collage.train import checkpoints
 from collage.train.checkpoints import CheckpointError
 from collage.train.config import EXECUTING, TrainConfig, UserError, option, unknown_settings
 from collage.train.data import Corpus, prepare_corpus
+from collage.train.recipes import filled, recipe
 from collage.train.runfiles import read_run
 
 STEPS, SLOWER = 250, 10.0
@@ -30,6 +31,8 @@ INHERITED += ("grad_dtype", "reduce_dtype", "data", "corpus_bytes", "tokenizer",
 
 FIXED = ("model", "tokenizer", "vocab_size")
 """Settings that the checkpoint's tensors fix."""
+
+_TEXT = ("data", "corpus_bytes")
 
 _REMEDY = "take another checkpoint"
 
@@ -121,24 +124,29 @@ def read(path: Path) -> Source:
 
 
 def continued(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run: `given`, and if they name a checkpoint, for those left out what a continuation has.
+    """The settings of a run: `given`, and for those left out what the recipe has that they name, if they name one.
+
+    If they name a checkpoint, a recipe's settings but for model and text, then what a continuation has.
 
     Raises:
         UserError: the checkpoint can't be used, or `given` contradicts it.
     """
     unknown_settings(given)
     if given.get("from_checkpoint") is None:
-        return dict(given)
+        return filled(given)
     source = read(find(Path(given["from_checkpoint"])))
-    check_fixed(source, given)
-    filled = {name: getattr(source.config, name) for name in INHERITED}
+    name = given.get("recipe")
+    check_fixed(source, given if name is None else {"model": recipe(name).model, **given})
+    inherited = {name: getattr(source.config, name) for name in INHERITED}
     if given.get("data", source.config.data) != source.config.data:
-        filled["corpus_bytes"] = None  # the bound was one on the other text
+        inherited["corpus_bytes"] = None  # the bound was one on the other text
     lr = given.get("lr", source.config.lr / SLOWER)
-    filled |= {"steps": STEPS, "schedule": "cosine", "warmup": 0, "lr": lr}
+    own: dict[str, Any] = {"steps": STEPS, "schedule": "cosine", "warmup": 0, "lr": lr}
     if isinstance(lr, (int, float)):
-        filled["min_lr"] = lr / SLOWER
-    return {**filled, **given, "from_checkpoint": str(source.path)}
+        own["min_lr"] = lr / SLOWER
+    if name is not None:
+        own = {key: value for key, value in filled(given).items() if key not in (*FIXED, *_TEXT)}
+    return {**inherited, **own, **given, "from_checkpoint": str(source.path)}
 
 
 def check_fixed(source: Source, given: Mapping[str, Any]) -> None:
@@ -160,7 +168,7 @@ def check_fixed(source: Source, given: Mapping[str, Any]) -> None:
 
 
 def tokenizer_json(config: TrainConfig, *folders: Path) -> str | None:
-    """The bpe tokenizer that a run left in the first of `folders` that has one; None for bytes.
+    """The tokenizer that a run left in the first of `folders` that has one; None for bytes.
 
     Raises:
         UserError: none has one.

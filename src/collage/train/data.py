@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from collage.train.config import BYTE_VOCABULARY, TrainConfig, UserError
+from collage.train.config import TrainConfig, UserError
 from collage.train.text import read_documents
-from collage.train.tokens import BPE_VOCABULARY, pack_bpe, pack_bytes, read_bpe, train_bpe
+from collage.train.tokens import choose, pack
 
 VALIDATION_SHARE = 0.05
 _SPLIT_SEED = 20240507
@@ -40,7 +40,8 @@ def mix(numbers: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def _keyed(count: int, *keys: int) -> np.ndarray:
+def keyed(count: int, *keys: int) -> np.ndarray:
+    """`count` uint64 numbers that look random, a function of `keys` (each below 2^64)."""
     state = np.zeros(1, dtype=np.uint64)
     for key in keys:
         state = mix(state ^ np.uint64(key))
@@ -49,7 +50,7 @@ def _keyed(count: int, *keys: int) -> np.ndarray:
 
 def validation_documents(count: int) -> np.ndarray:
     """Which of `count` documents are validated on: a boolean array, at least one of each kind (count >= 2)."""
-    keys = _keyed(count, _SPLIT_SEED)
+    keys = keyed(count, _SPLIT_SEED)
     chosen = keys < np.uint64(int(VALIDATION_SHARE * 2**64))
     chosen[np.argmin(keys)] = True
     chosen[np.argmax(keys)] = False
@@ -59,7 +60,7 @@ def validation_documents(count: int) -> np.ndarray:
 @lru_cache(maxsize=4)
 def order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch visits `count` windows, as a read-only array."""
-    visits = np.argsort(_keyed(count, seed, epoch), kind="stable")
+    visits = np.argsort(keyed(count, seed, epoch), kind="stable")
     visits.flags.writeable = False
     return visits
 
@@ -69,7 +70,10 @@ def order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """What run.json says about a corpus; sha256 is over the text, whatever the tokenizer."""
+    """What run.json says about a corpus.
+
+    sha256 is over the text, whatever the tokenizer; `tokenizer_note` says if that isn't the one asked for.
+    """
 
     name: str
     sha256: str
@@ -78,6 +82,7 @@ class CorpusInfo:
     validation_tokens: int
     tokenizer: str
     vocab_size: int
+    tokenizer_note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON types."""
@@ -123,7 +128,7 @@ def prepare_corpus(config: TrainConfig, tokenizer_json: str | None = None) -> Co
 
     Args:
         config: the settings.
-        tokenizer_json: a bpe tokenizer to use in place of one trained on this text.
+        tokenizer_json: a run's tokenizer, to use in place of another.
 
     Raises:
         UserError: the text is missing, not text, or too small for the settings.
@@ -132,18 +137,19 @@ def prepare_corpus(config: TrainConfig, tokenizer_json: str | None = None) -> Co
     held_out = validation_documents(len(documents))
     train = [text for text, out in zip(documents, held_out, strict=True) if not out]
     validation = [text for text, out in zip(documents, held_out, strict=True) if out]
-    if config.tokenizer == "bpe":
-        if tokenizer_json is None:
-            bpe = train_bpe(train, config.vocab_size or BPE_VOCABULARY)
-        else:
-            bpe = read_bpe(tokenizer_json)
-        size, tokenizer_json = bpe.get_vocab_size(), bpe.to_str()
-        arrays = [pack_bpe(bpe, split) for split in (train, validation)]
-    else:
-        size, tokenizer_json = BYTE_VOCABULARY, None
-        arrays = [pack_bytes(split) for split in (train, validation)]
-    info = CorpusInfo(name, _sha256(documents), len(documents), arrays[0].size, arrays[1].size, config.tokenizer, size)
-    return Corpus(info, arrays[0], arrays[1], tokenizer_json)
+    chosen = choose(config, train, tokenizer_json)
+    arrays = [pack(chosen.tokenizer, split) for split in (train, validation)]
+    info = CorpusInfo(
+        name,
+        _sha256(documents),
+        len(documents),
+        arrays[0].size,
+        arrays[1].size,
+        chosen.name,
+        chosen.vocab_size,
+        chosen.note,
+    )
+    return Corpus(info, arrays[0], arrays[1], chosen.tokenizer.to_str() if chosen.tokenizer else None)
 
 
 def _sha256(documents: list[str]) -> str:

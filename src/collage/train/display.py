@@ -44,6 +44,10 @@ class Display:
         """Print a line, above the bar if there is one."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """Print a line that must not be missed."""
+        self.console.print(f"WARNING: {text}", style="bold yellow", highlight=False, markup=False, soft_wrap=True)
+
     def say_validation(self, step: int, loss: float) -> None:
         """Print a validation loss."""
         self.say(f"step {step}/{self._steps}  validation loss {loss:.4f}")

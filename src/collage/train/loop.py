@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import collage
 from collage.train import checkpoints, continuation, processes, runfiles, sharded
 from collage.train.config import RunFailed, TrainConfig, UserError
-from collage.train.data import Corpus, Windows, load_corpus, prepare_corpus
+from collage.train.data import Corpus, load_corpus, prepare_corpus
 from collage.train.display import Display, conversion_text
-from collage.train.models import attention_for, build_model, parameter_groups
+from collage.train.models import MODELS, attention_for, build_model, parameter_groups
+from collage.train.objectives import Batch, dropout_bits, objective_for
 from collage.train.products import multiplying, products
 from collage.train.schedule import learning_rate
 from collage.train.signals import StopSignals
@@ -75,9 +75,11 @@ class _Run:
 
         # ---- text
         text = load_corpus(corpus) if corpus else self._prepared_text(resume)
-        self.training = Windows(text.train, config.seq_len, "train")
-        validation = Windows(text.validation, config.seq_len, "validation")
-        self.validation = validation.spread(config.eval_batches * config.batch_size)
+        self.objective = objective_for(config, text)
+        each = config.batch_size // self.processes
+        # In one piece, as one process with micro-batches of that size has them.
+        self.share = slice(self.rank * each, (self.rank + 1) * each)
+        self.notes = [text.info.tokenizer_note] if text.info.tokenizer_note else []
 
         # ---- model and optimizer
         self.weights = build_model(
@@ -86,7 +88,10 @@ class _Run:
             seq_len=config.seq_len,
             seed=config.seed,
             attention=attention_for(self.device.type, config.seq_len),
+            dropout=config.dropout,
         )
+        usual = MODELS[config.model].family.dropout
+        self.dropout = usual if config.dropout is None else config.dropout
         fresh_sha256 = runfiles.weights_sha256(self.weights)
         if self.sharded:
             processes.shard(self.weights, self.device, self.processes, config.reduce_dtype)
@@ -119,11 +124,12 @@ class _Run:
         self.saves = sharded.Saves(out / "checkpoints", config.keep_checkpoints) if self.sharded else None
         reached = _reached(out / "checkpoints", self.accelerator) if resume else None
         facts = {"command": command, "corpus": text.info.to_json(), "init_sha256": fresh_sha256}
-        facts |= {"products": self.products, "processes": self.processes, "sharded": self.sharded}
+        facts |= {"products": self.products, "objective": self.objective.facts()}
+        facts |= {"processes": self.processes, "sharded": self.sharded}
         if config.from_checkpoint is not None:
             facts |= self._continue() if reached is None else _earlier_start(out)
             self.order_seed = continuation.order_seed(facts["init_sha256"], config.seed)
-        facts["batches_sha256"] = self.training.sha256(config.steps, config.batch_size, self.order_seed)
+        facts["batches_sha256"] = self.objective.sha256(config.steps, self.order_seed)
         self.record = runfiles.describe(config, self.weights, self.device, facts)
         if resume:
             self._resume(reached)
@@ -136,6 +142,8 @@ class _Run:
         self.started = time.perf_counter()
         display = Display(self.record["name"], config.steps, self.step, enabled=self.accelerator.is_main_process)
         display.say(f"{self._title()}, in {self.out}")
+        for note in self.notes:
+            display.warn(note)
         if config.from_checkpoint is not None:
             display.say(self._start_text())
         try:
@@ -174,7 +182,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-        loss = self._accumulate_gradients(self.training.batch(step, config.batch_size, self.order_seed))
+        losses = self._accumulate_gradients(self.objective.batch(step, self.order_seed, self.share))
+        loss = sum(losses)
         norm = self._clip_gradients()
         self._check_finite(step, loss, norm)
 
@@ -196,6 +205,8 @@ class _Run:
             "grad_norm": norm,
             "tokens_per_s": tokens / seconds,
         }
+        if len(losses) > 1:
+            record |= dict(zip(self.objective.terms, losses, strict=True))
         if len(self.audit.steps) > audited:
             record |= {key: value for key, value in self.audit.report()["total"].items() if key in _AUDIT_KEYS}
         if self._due(config.eval_every, step):
@@ -205,36 +216,47 @@ class _Run:
         self.metrics.append(record)
         return record
 
-    def _accumulate_gradients(self, batch: np.ndarray) -> float:
-        """Backward over this process's share of the batch; the mean loss over all processes.
+    def _accumulate_gradients(self, batch: Batch) -> list[float]:
+        """Backward over this process's share of the batch; for each term of the loss the mean over all processes.
 
-        Each micro-batch's gradient is weighted by one over their number before it is added to `p.grad`, in the dtype
-        that `grad_dtype` names.
+        Each micro-batch's gradient is weighted by its share of what the whole batch predicts before it is added to
+        `p.grad`, in the dtype that `grad_dtype` names.
         """
-        shares = self._micro_batches(batch)
-        total = torch.zeros((), device=self.device)
-        for index, sequences in enumerate(shares):
-            last = index == len(shares) - 1
+        micro_batches = batch.split(self.micro_batch)
+        total = torch.zeros(len(self.objective.terms), device=self.device)
+        for index, (micro_batch, weights) in enumerate(zip(micro_batches, self._weights(micro_batches), strict=True)):
+            last = index == len(micro_batches) - 1
             sync = nullcontext() if last else self.accelerator.no_sync(self.model)
-            with sync, multiplying(self.products):
-                loss = _loss(self.model, sequences) / len(shares)
-                self.accelerator.backward(self.scaler.scale(loss))
-            total += loss.detach()
-        return float(self.accelerator.reduce(total, "mean"))  # pyright: ignore[reportArgumentType]
+            with sync, multiplying(self.products), self._dropout(index):
+                means = self.objective.losses(self.model, micro_batch)
+                losses = torch.stack([mean * weight for mean, weight in zip(means, weights, strict=True)])
+                self.accelerator.backward(self.scaler.scale(losses.sum()))
+            total += losses.detach()
+        return self.accelerator.reduce(total, "mean").tolist()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _micro_batches(self, sequences: np.ndarray) -> list[Tensor]:
-        # In one piece, as one process with micro-batches of that size has them.
-        share = torch.from_numpy(np.array_split(sequences, self.processes)[self.rank]).to(self.device)
-        return list(share.split(self.micro_batch)) if len(share) else []
+    def _weights(self, micro_batches: list[Batch]) -> list[list[float]]:
+        """Of each micro-batch, for each term, its share of what the batch predicts; times the averaged processes."""
+        counts = torch.tensor([micro_batch.predicted() for micro_batch in micro_batches], dtype=torch.float64)
+        total = counts.sum(0).to(self.device)
+        if self.processes > 1:
+            total = self.accelerator.reduce(total, "sum")
+        assert isinstance(total, Tensor)
+        return (counts * self.processes / total.cpu().clamp(min=1.0)).tolist()
 
-    def _validation_batches(self) -> Iterator[Tensor]:
+    def _dropout(self, micro_batch: int) -> AbstractContextManager[None]:
+        """Within it dropout is a function of the seed, the step, the process and the micro-batch."""
+        if not self.dropout:
+            return nullcontext()
+        return dropout_bits(self.device, self.order_seed, self.step, self.rank, micro_batch)
+
+    def _validation_batches(self) -> Iterator[Batch]:
         """This process's share of the validation set."""
-        shares = self._micro_batches(self.validation)
+        shares = self.objective.validation(slice(self.rank, None, self.processes)).split(self.micro_batch)
         yield from shares
-        largest = -(-len(self.validation) // self.processes)
+        largest = -(-self.objective.validation_size // self.processes)
         for _ in range(len(shares), -(-largest // self.micro_batch) if self.sharded else 0):
             # In a forward pass all processes exchange their shards, so that each must make as many.
-            self.weights(input_ids=torch.from_numpy(self.validation[:1, :-1]).to(self.device), use_cache=False)
+            self.objective.losses(self.weights, self.objective.validation(slice(1)))
 
     def _clip_gradients(self) -> float:
         """Scale gradients down to the norm `clip`; returns their norm before, computed in fp32."""
@@ -259,13 +281,13 @@ class _Run:
 
     @torch.no_grad()
     def _validation_loss(self) -> float:
-        """Mean loss per token on the validation set, with the weights that the model computes with."""
+        """Mean loss per predicted token on the validation set, with the weights that the model computes with."""
         self.weights.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for sequences in self._validation_batches():
+        for micro_batch in self._validation_batches():
             with multiplying(self.products):
-                loss = float(_loss(self.weights, sequences))
-            total += torch.tensor([loss * len(sequences), len(sequences)]).to(total)
+                loss, count = float(self.objective.losses(self.weights, micro_batch)[0]), micro_batch.predicted()[0]
+            total += torch.tensor([loss * count, count]).to(total)
         self.weights.train()
         losses, count = self.accelerator.reduce(total, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
         return losses / count
@@ -300,12 +322,14 @@ class _Run:
     # ---- another run's checkpoint --------------------------------------------------------------------------------
 
     def _prepared_text(self, resume: bool) -> Corpus:
-        if self.config.from_checkpoint is None:
-            return prepare_corpus(self.config)
-        if resume:
-            # The source's folder may be gone by now, and the run has its tokenizer.
+        if resume and (self.config.from_checkpoint is not None or (self.out / "tokenizer.json").is_file()):
+            # The source's folder may be gone by now, or a published tokenizer out of reach, and the run has its own.
             return prepare_corpus(self.config, continuation.tokenizer_json(self.config, self.out))
-        return continuation.continued_text(self.config)
+        return (
+            prepare_corpus(self.config)
+            if self.config.from_checkpoint is None
+            else continuation.continued_text(self.config)
+        )
 
     def _continue(self) -> dict[str, Any]:
         """Put the checkpoint that the settings name into model and optimizer; returns what run.json says of it."""
@@ -334,12 +358,12 @@ class _Run:
 
     def _check_same_start(self, run: dict[str, Any]) -> None:
         """Raise `UserError` unless the run in `out` began with this text, these batches and these weights."""
-        steps, batch_size, seed = run["config"]["steps"], self.config.batch_size, self.order_seed
+        steps = run["config"]["steps"]
         weights = (run["init_sha256"], self.record["init_sha256"])
         facts = {"text": (run["corpus"]["sha256"], self.record["corpus"]["sha256"])}
         if self.config.from_checkpoint is not None:
             facts["values in the checkpoint"] = weights  # before the batches, whose order follows from them
-        facts["batches"] = (run["batches_sha256"], self.training.sha256(steps, batch_size, seed))
+        facts["batches"] = (run["batches_sha256"], self.objective.sha256(steps, self.order_seed))
         facts["initial weights"] = weights
         for name, (theirs, ours) in facts.items():
             if theirs != ours:
@@ -422,12 +446,6 @@ def _earlier_start(out: Path) -> dict[str, Any]:
     """What run.json says of the checkpoint that a run to be resumed continues from."""
     run = runfiles.read_run(out)
     return {key: run[key] for key in ("init_sha256", "source", "conversion")}
-
-
-def _loss(model: nn.Module, sequences: Tensor) -> Tensor:
-    """Mean cross-entropy of each next token, in fp32 from the logits on."""
-    logits = model(input_ids=sequences[:, :-1], use_cache=False).logits
-    return cross_entropy(logits.float().flatten(0, 1), sequences[:, 1:].flatten())
 
 
 def _device(config: TrainConfig, accelerator: Accelerator) -> torch.device:

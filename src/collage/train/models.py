@@ -1,11 +1,12 @@
-"""GPT-style decoders with fresh weights: rotary embeddings over the whole head, pre-LN, untied, no dropout.
+"""Models with fresh weights: the paper's GPT, BERT, RoBERTa and LLaMA, as transformers builds them.
 
-The architecture is transformers' GPT-NeoX without its parallel residual. Adding a model is adding a row to `MODELS`.
+A family is a record: its classes in transformers, how it is pre-trained, its special tokens, and the settings that make
+transformers' class the paper's architecture. A model is a row of `MODELS`: a family and a shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,116 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+CAUSAL, MASKED, MASKED_PAIRS = "causal", "masked", "masked-pairs"
+"""What models are pre-trained to predict; `collage.train.objectives` has a class for each."""
+
+
+# ---- records ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture.
+
+    Attributes:
+        config: transformers' configuration class.
+        model: transformers' class with the heads of pre-training.
+        objective: what it is pre-trained to predict.
+        special_tokens: those of a vocabulary trained for it, in their order; the order of the originals where the
+            architecture depends on it (the padding token of RoBERTa has the number 1).
+        dropout: the probability in pre-training.
+        settings: (spec, seq_len, dropout) -> what the configuration needs beside the shape that all share.
+    """
+
+    config: str
+    model: str
+    objective: str
+    special_tokens: tuple[str, ...]
+    dropout: float
+    settings: Callable[[ModelSpec, int, float], dict[str, Any]]
+
+
+def _gpt_settings(spec: ModelSpec, seq_len: int, dropout: float) -> dict[str, Any]:
+    return {
+        "max_position_embeddings": seq_len,
+        "rotary_pct": 1.0,
+        "use_parallel_residual": False,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "hidden_dropout": dropout,
+        "attention_dropout": dropout,
+    }
+
+
+def _llama_settings(spec: ModelSpec, seq_len: int, dropout: float) -> dict[str, Any]:
+    return {
+        "max_position_embeddings": seq_len,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "attention_dropout": dropout,
+    }
+
+
+def _bert_settings(spec: ModelSpec, seq_len: int, dropout: float) -> dict[str, Any]:
+    return {
+        "max_position_embeddings": spec.positions,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+
+
+def _roberta_settings(spec: ModelSpec, seq_len: int, dropout: float) -> dict[str, Any]:
+    assert spec.positions is not None
+    return {
+        **_bert_settings(spec, seq_len, dropout),
+        # RoBERTa numbers positions from the padding token's number + 1 on.
+        "max_position_embeddings": spec.positions + 2,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+    }
+
+
+END_OF_DOCUMENT = "<|endofdocument|>"
+
+GPT = Family("GPTNeoXConfig", "GPTNeoXForCausalLM", CAUSAL, (END_OF_DOCUMENT,), 0.0, _gpt_settings)
+"""Decoder: rotary over the whole head, pre-LN, untied embeddings; GPT-NeoX without its parallel residual."""
+
+LLAMA = Family("LlamaConfig", "LlamaForCausalLM", CAUSAL, ("<unk>", "<s>", "</s>"), 0.0, _llama_settings)
+"""Decoder: rotary, RMSNorm before each block, gated SiLU feed-forward, no biases, untied embeddings."""
+
+_BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BERT = Family("BertConfig", "BertForPreTraining", MASKED_PAIRS, _BERT_TOKENS, 0.1, _bert_settings)
+"""Encoder: learned positions, post-LN, tied embeddings, heads for masked tokens and for the next sentence."""
+
+_ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+ROBERTA = Family("RobertaConfig", "RobertaForMaskedLM", MASKED, _ROBERTA_TOKENS, 0.1, _roberta_settings)
+"""Encoder as BERT's, with the head for masked tokens alone."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shape of a decoder; the feed-forward layers are four times as wide as `hidden`."""
+    """Shape of a model.
+
+    Attributes:
+        hidden: width of the residual stream.
+        layers: number of blocks.
+        heads: attention heads.
+        init_std: standard deviation of fresh weights.
+        family: the architecture.
+        intermediate: width of the feed-forward layers; None: four times `hidden`.
+        positions: the longest sequence; None: any (rotary embeddings).
+    """
 
     hidden: int
     layers: int
     heads: int
     init_std: float = 0.02
+    family: Family = GPT
+    intermediate: int | None = None
+    positions: int | None = None
 
 
 MODELS = {
@@ -32,8 +132,21 @@ MODELS = {
     "gpt-1m": ModelSpec(hidden=128, layers=4, heads=4),
     "gpt-10m": ModelSpec(hidden=320, layers=8, heads=5),
     "gpt-125m": ModelSpec(hidden=768, layers=12, heads=12, init_std=0.021),
+    "gpt-1.3b": ModelSpec(hidden=2048, layers=24, heads=16, init_std=0.021),
+    "gpt-2.7b": ModelSpec(hidden=2560, layers=32, heads=32, init_std=0.021),
+    "gpt-6.7b": ModelSpec(hidden=4096, layers=32, heads=32, init_std=0.021),
+    "bert-tiny": ModelSpec(hidden=96, layers=2, heads=3, family=BERT, positions=128),
+    "bert-base": ModelSpec(hidden=768, layers=12, heads=12, family=BERT, positions=512),
+    "bert-large": ModelSpec(hidden=1024, layers=24, heads=16, family=BERT, positions=512),
+    "roberta-tiny": ModelSpec(hidden=96, layers=2, heads=3, family=ROBERTA, positions=128),
+    "roberta-base": ModelSpec(hidden=768, layers=12, heads=12, family=ROBERTA, positions=512),
+    "llama-tiny": ModelSpec(hidden=96, layers=2, heads=3, family=LLAMA, intermediate=256),
+    "llama-7b": ModelSpec(hidden=4096, layers=32, heads=32, family=LLAMA, intermediate=11008),
 }
-"""The models by name; gpt-tiny is for trying things out, gpt-125m is the smallest of the paper's GPTs."""
+"""The models by name: those of the paper, small ones for trying things out, and the default of `collage compare`."""
+
+
+# ---- models ----------------------------------------------------------------------------------------------------
 
 
 def attention_for(device_type: str, seq_len: int) -> str:
@@ -45,30 +158,54 @@ def attention_for(device_type: str, seq_len: int) -> str:
     return "eager" if device_type == "cpu" and seq_len <= 512 else "sdpa"
 
 
-def build_model(name: str, *, vocab_size: int, seq_len: int, seed: int, attention: str = "sdpa") -> PreTrainedModel:
-    """The model `name` in float32 on the CPU, its weights a function of the seed alone.
+def model_config(
+    name: str, vocab_size: int, seq_len: int, *, dropout: float | None = None, attention: str = "sdpa"
+) -> PretrainedConfig:
+    """The configuration of the model `name` for transformers.
 
-    Neither the default dtype nor the state of torch's generators matters, and both are left as they were.
+    Args:
+        name: a key of `MODELS`.
+        vocab_size: tokens of the vocabulary.
+        seq_len: tokens of a sequence; models with learned positions have room for `ModelSpec.positions` anyway.
+        dropout: the probability; None: the family's own.
+        attention: transformers' name of the implementation.
     """
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    import transformers
 
     spec = MODELS[name]
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": spec.hidden,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "intermediate_size": 4 * spec.hidden,
-        "max_position_embeddings": seq_len,
-        "initializer_range": spec.init_std,
-        "rotary_pct": 1.0,
-        "use_parallel_residual": False,
-        "tie_word_embeddings": False,
-        "use_cache": False,
-        "attn_implementation": attention,
-    }
-    with _fresh_weights(seed):
-        return GPTNeoXForCausalLM(GPTNeoXConfig(**settings))
+    probability = spec.family.dropout if dropout is None else dropout
+    return getattr(transformers, spec.family.config)(
+        vocab_size=vocab_size,
+        hidden_size=spec.hidden,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        intermediate_size=spec.intermediate or 4 * spec.hidden,
+        initializer_range=spec.init_std,
+        attn_implementation=attention,
+        **spec.family.settings(spec, seq_len, probability),
+    )
+
+
+def build_model(
+    name: str,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    seed: int,
+    attention: str = "sdpa",
+    dropout: float | None = None,
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """The model `name` in float32, its weights a function of the seed alone.
+
+    Neither the default dtype nor the state of torch's generators matters, and both are left as they were. On the
+    device "meta" it has shapes and no memory.
+    """
+    import transformers
+
+    config = model_config(name, vocab_size, seq_len, dropout=dropout, attention=attention)
+    with _fresh_weights(seed), torch.device(device):
+        return getattr(transformers, MODELS[name].family.model)(config)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from collage.train.config import TrainConfig, option
+from collage.train.recipes import RECIPES
 
 
 def config_options(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -42,10 +43,11 @@ def _parameter(setting: Field[Any]) -> inspect.Parameter:
     declared = get_type_hints(TrainConfig)[setting.name]
     flag = isinstance(setting.default, bool)
     shown = "" if setting.default is None or flag else f" (default: {_text(setting.default)})"
+    names = f" One of {', '.join(RECIPES)}." if setting.name == "recipe" else ""
     name = option(setting.name)
     info = typer.Option(
         f"{name}/--no-{setting.name}" if flag else name,
-        help=setting.metadata["help"] + shown,
+        help=setting.metadata["help"] + names + shown,
         rich_help_panel=setting.metadata["panel"],
         show_default=False,
     )
