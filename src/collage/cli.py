@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
     raise SystemExit("the command collage needs typer; remedy: pip install 'torch-collage[train]'") from error
 
 from collage.bench.command import bench
+from collage.plan.command import PLAN, plan
 from collage.train.options import config_options
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command(help=PLAN)(plan)
 
 FILES, COMPARED = "Files", "Comparison"
 
