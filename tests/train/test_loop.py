@@ -105,6 +105,10 @@ def test_steps_are_audited_evaluated_and_logged_when_due_and_at_the_end(tiny: Tr
     assert [r["step"] for r in found if "edq_ratio" in r] == [3, 6, 8]
     assert [r["step"] for r in found if "validation_loss" in r] == [4, 8]
     assert all(0.9 < r["edq_ratio"] < 1.1 for r in found if "edq_ratio" in r)
+    audits = runfiles.read_metrics(tmp_path / "run" / runfiles.AUDIT_FILE)
+    tensors = load_file(tmp_path / "run/checkpoints/step-000008/model.safetensors")
+    assert [r["step"] for r in audits] == [3, 6, 8]
+    assert all(set(r["modules"]) == {name.rpartition(".")[0] for name in tensors} for r in audits)
 
 
 def test_zero_means_only_at_the_end(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -275,6 +279,8 @@ def test_a_resumed_run_has_every_bit_of_an_uninterrupted_one(
     assert last_tensors(out) == last_tensors(tmp_path / "whole")
     assert last_scaler(out) == last_scaler(tmp_path / "whole")
     assert records(out) == records(tmp_path / "whole")
+    audits = [(folder / runfiles.AUDIT_FILE).read_text() for folder in (out, tmp_path / "whole")]
+    assert audits[0] == audits[1]
     measured = {"tokens_per_s"}
     whole = runfiles.read_run(tmp_path / "whole")["final"]
     assert {k: v for k, v in run["final"].items() if k not in measured} == {

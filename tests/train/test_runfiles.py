@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,26 @@ def test_records_are_there_at_once_and_later_ones_go_on_a_resume(tmp_path: Path)
         ]
     )
     assert runfiles.Metrics(path).records == runfiles.read_metrics(path) == []
+
+
+def test_records_that_nobody_reads_again_stay_in_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / runfiles.AUDIT_FILE
+    audits = runfiles.Metrics(path, keep=False)
+    for step in range(1, 6):
+        audits.append({"step": step})
+    resumed = runfiles.Metrics(path, step=3, keep=False)
+    assert audits.records == resumed.records == []
+    assert [r["step"] for r in runfiles.read_metrics(path)] == [1, 2, 3]
+
+
+def test_an_audit_is_recorded_by_module_to_six_digits() -> None:
+    figures = {"edq_ratio": 1 / 3, "lost_fraction": None, "lost_fraction_hi": 0.0, "v_lost_fraction": 1.0, "edq": 7.0}
+    bars = {"log2_edges": [-1.0, 0.0, 1.0], "counts": [3, 4]}
+    kept = {"edq_ratio": 0.333333, "lost_fraction": None, "lost_fraction_hi": 0.0, "v_lost_fraction": 1.0}
+    report: dict[str, Any] = {"total": {}, "groups": [], "modules": {"mlp.up": figures}}
+    assert runfiles.audit_record(5, report) == {"step": 5, "modules": {"mlp.up": kept}}
+    report["total"][runfiles.HISTOGRAM] = bars
+    assert runfiles.audit_record(5, report)[runfiles.HISTOGRAM] == bars
 
 
 def test_an_unfinished_last_line_is_no_record_and_a_broken_one_before_is_an_error(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class _Run:
         self.record = runfiles.describe(config, self.weights, self.device, facts)
         if resume:
             self._resume(reached)
-        self.metrics = self._metrics(text)
+        self.metrics, self.audits = self._metrics(text)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -208,7 +208,9 @@ class _Run:
         if len(losses) > 1:
             record |= dict(zip(self.objective.terms, losses, strict=True))
         if len(self.audit.steps) > audited:
-            record |= {key: value for key, value in self.audit.report()["total"].items() if key in _AUDIT_KEYS}
+            report = self.audit.report()
+            record |= {key: value for key, value in report["total"].items() if key in _AUDIT_KEYS}
+            self.audits.append(runfiles.audit_record(step, report))
         if self._due(config.eval_every, step):
             record["validation_loss"] = self._validation_loss()
         if not (self._due(config.log_every, step) or "edq_ratio" in record or "validation_loss" in record):
@@ -373,17 +375,19 @@ class _Run:
                     f"Python's; the run had {run['versions']})"
                 )
 
-    def _metrics(self, text: Corpus) -> runfiles.Metrics:
+    def _metrics(self, text: Corpus) -> tuple[runfiles.Metrics, runfiles.Metrics]:
         if not self.accelerator.is_main_process:
-            return runfiles.Metrics(None)
+            return runfiles.Metrics(None), runfiles.Metrics(None, keep=False)
         runfiles.write_json(self.out / "run.json", self.record)
         if text.tokenizer_json is not None:
             runfiles.write_text(self.out / "tokenizer.json", text.tokenizer_json)
-        return runfiles.Metrics(self.out / "metrics.jsonl", self.step)
+        audits = runfiles.Metrics(self.out / runfiles.AUDIT_FILE, self.step, keep=False)
+        return runfiles.Metrics(self.out / "metrics.jsonl", self.step), audits
 
     def _save(self) -> None:
         """Save; of a sharded model only begin to. All processes come here together."""
         self.metrics.sync()
+        self.audits.sync()
         progress = checkpoints.Progress(self.step, self._wall_time(), self.scaler.state_dict())
         folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
         with self._saving():

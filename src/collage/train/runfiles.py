@@ -1,4 +1,4 @@
-"""The files of a run: run.json (what it was and how it ended) and metrics.jsonl (a record per logged step)."""
+"""The files of a run: run.json (what it was and how it ended), metrics.jsonl (a record per logged step), audit.jsonl."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from collage.train.config import TrainConfig, UserError, resumed
 
 FORMAT = 1
 AUDITED = ("edq_ratio", "lost_fraction", "lost_fraction_hi", "v_lost_fraction")
+AUDIT_FILE = "audit.jsonl"
+"""A record per audited step, by module: apart from metrics.jsonl, which it would make ten times as long."""
+HISTOGRAM = "update_ulp_histogram"
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------
@@ -203,18 +206,21 @@ class Metrics:
         path: the file (None: memory only); records up to `step` are kept, later ones dropped,
             since a resumed run writes them again.
         step: the step that the run goes on from; 0 for a new run.
+        keep: whether `records` holds the records; False where only the file is wanted.
     """
 
-    def __init__(self, path: Path | None, step: int = 0) -> None:
-        self._path = path
-        self.records = [r for r in read_metrics(path) if r["step"] <= step] if path and step else []
+    def __init__(self, path: Path | None, step: int = 0, *, keep: bool = True) -> None:
+        self._path, self._keep = path, keep
+        earlier = [r for r in read_metrics(path) if r["step"] <= step] if path and step else []
         if path:
-            write_text(path, "".join(map(_line, self.records)))
+            write_text(path, "".join(map(_line, earlier)))
+        self.records = earlier if keep else []
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record; a reader sees it at once."""
         record = plain(record)
-        self.records.append(record)
+        if self._keep:
+            self.records.append(record)
         if self._path:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line(record))
@@ -224,6 +230,20 @@ class Metrics:
         if self._path:
             with self._path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
+
+
+def audit_record(step: int, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of audit.jsonl for an audit's report: what the report page shows by module, to six digits."""
+    modules = {
+        name: {key: _six_digits(figures[key]) for key in AUDITED if key in figures}
+        for name, figures in report["modules"].items()
+    }
+    histogram = report["total"].get(HISTOGRAM)
+    return {"step": step, "modules": modules} | ({} if histogram is None else {HISTOGRAM: histogram})
+
+
+def _six_digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _line(record: dict[str, Any]) -> str:
