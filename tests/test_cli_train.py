@@ -143,10 +143,10 @@ def test_out_that_is_a_file_is_wrong_use(text: Path, capsys: pytest.CaptureFixtu
 def test_a_run_that_fails_has_exit_code_1(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from collage.train import loop
+    from collage.train.objectives import Objective
 
-    real = loop._loss
-    monkeypatch.setattr(loop, "_loss", lambda *arguments: real(*arguments) * float("nan"))
+    real = Objective.losses
+    monkeypatch.setattr(Objective, "losses", lambda *arguments: [loss * float("nan") for loss in real(*arguments)])
     assert collage("train", *SMALL, "--data", text, "--out", tmp_path / "run") == 1
     assert capsys.readouterr().err.startswith("collage: the loss of step 1 is nan")
 
