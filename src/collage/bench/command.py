@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from collage.bench.arguments import HOW, Device, JsonFile, Threads, given_command, write_rows
+from collage.bench.training_command import MEMORY, memory
 from collage.train.extras import need
 
-WHAT, HOW, FILES = "What is timed", "How", "Files"
-MEASURED = "What is measured"
+WHAT, MEASURED = "What is timed", "What is measured"
 
 bench = typer.Typer(
     help="Time the optimizer step beside its peers, measure what it delivers, and make pages of the results.",
@@ -73,10 +72,8 @@ def step(
         bool,
         typer.Option("--list", help="Show the sets of shapes and the peers, and time nothing.", rich_help_panel=WHAT),
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=HOW)] = "cpu",
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads. Unset: torch's own number.", rich_help_panel=HOW)
-    ] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
     rounds: Annotated[
         int,
         typer.Option(help="Interleaved rounds, a step of each contender in each; at least 2.", rich_help_panel=HOW),
@@ -97,12 +94,7 @@ def step(
             rich_help_panel=HOW,
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", help="Write the rows, machine, versions and command to this file.", rich_help_panel=FILES
-        ),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time one optimizer step: every strategy and backend beside every installed peer, on the same work."""
     need("bench")
@@ -112,7 +104,6 @@ def step(
     from collage.bench.options import check_writable, make_plan, parse_device, parse_dtype, use_threads
     from collage.bench.results import record, step_facts
     from collage.bench.step import run
-    from collage.train.runfiles import write_json
 
     console = Console()
     if list_:
@@ -134,12 +125,10 @@ def step(
     with use_threads(threads) as used, BenchDisplay(console) as display:
         able = 1 + sum(not contender.unavailable for contender in plan.contenders)
         display.say(describe([each.name for each in plan.shapes], able, rounds, budget, used))
-        known = step_facts(plan, shlex.join(["collage", *sys.argv[1:]]))
+        known = step_facts(plan, given_command())
         result = record(run(plan, display), known)
     show(result, console)
-    if json_file is not None:
-        write_json(json_file, result)
-        console.print(f"rows: {json_file}", markup=False, highlight=False, soft_wrap=True)
+    write_rows(result, json_file, console)
 
 
 PRECISION = (
@@ -185,16 +174,9 @@ def precision(
             rich_help_panel=MEASURED,
         ),
     ] = 1000,
-    device: Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=HOW)] = "cpu",
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads. Unset: torch's own number.", rich_help_panel=HOW)
-    ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", help="Write the rows, machine, versions and command to this file.", rich_help_panel=FILES
-        ),
-    ] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure what every strategy and every installed peer really delivers."""
     need("bench")
@@ -205,8 +187,7 @@ def precision(
     from collage.bench.options import check_writable, make_precision_plan, parse_device, use_threads
     from collage.bench.precision import measure
     from collage.bench.results import PRECISION as KIND
-    from collage.bench.results import facts, precision_record
-    from collage.train.runfiles import write_json
+    from collage.bench.results import distributions, facts, precision_record
 
     console = Console()
     if json_file is not None:
@@ -216,12 +197,13 @@ def precision(
     )
     with use_threads(threads), BenchDisplay(console) as display:
         display.expects(plan.all_steps)
-        known = facts(KIND, plan.contenders, plan.device, shlex.join(["collage", *sys.argv[1:]]))
+        known = facts(KIND, distributions(plan.contenders), plan.device, given_command())
         result = precision_record(*measure(plan, display), plan, known)
     show(result, console)
-    if json_file is not None:
-        write_json(json_file, result)
-        console.print(f"rows: {json_file}", markup=False, highlight=False, soft_wrap=True)
+    write_rows(result, json_file, console)
+
+
+bench.command(help=MEMORY)(memory)
 
 
 @bench.command()

@@ -57,7 +57,12 @@ def parse_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _strategies(text: str | None) -> list[str]:
+def parse_strategies(text: str | None) -> list[str]:
+    """Names of strategies; all of them where there is no text.
+
+    Raises:
+        UserError: one is none.
+    """
     known = collage.strategies()
     found = list(known) if text is None else names(text, "--strategies")
     for name in found:
@@ -104,7 +109,7 @@ def make_plan(
         raise UserError(f"--budget must be > 0 seconds, got {budget}")
     if memory is not None and not memory > 0:
         raise UserError(f"--memory must be > 0 GB, got {memory}")
-    own = own_contenders(_strategies(strategies), _backends(backends, device), dtype)
+    own = own_contenders(parse_strategies(strategies), _backends(backends, device), dtype)
     others = peer_contenders(peer_names(names(peers, "--peers")), dtype, device)
     return Plan(
         reference=reference(dtype),
@@ -136,7 +141,7 @@ def make_precision_plan(
         raise UserError(f"--steps must be >= 10, got {steps}")
     dtype = torch.bfloat16
     chosen = peer_names(names(peers, "--peers"))
-    own = own_contenders(_strategies(strategies), [None], dtype)
+    own = own_contenders(parse_strategies(strategies), [None], dtype)
     controls = [reference(dtype)] if "torch" in chosen else []
     return PrecisionPlan((*own, *controls, *peer_contenders(chosen, dtype, device)), device, elements, steps)
 

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +22,8 @@ from collage.bench.step import Measured
 from collage.train.config import UserError
 from collage.train.runfiles import commit, device_name
 
-STEP, PRECISION = "bench step", "bench precision"
-KINDS = (STEP, PRECISION)
+STEP, PRECISION, MEMORY, TRAIN = "bench step", "bench precision", "bench memory", "bench train"
+KINDS = (STEP, PRECISION, MEMORY, TRAIN)
 VARIABLES = (
     "ATEN_",
     "COLLAGE_",
@@ -75,18 +75,25 @@ def package_version(distribution: str) -> str | None:
         return None
 
 
-def _versions(contenders: Sequence[Contender]) -> dict[str, str]:
+def _versions(distributions: Iterable[str]) -> dict[str, str]:
     known = {"python": platform.python_version(), "torch": str(torch.__version__), "collage": collage.__version__}
-    names = [*sorted({each.distribution for each in contenders} - {"torch", "torch-collage"}), "triton"]
+    names = [*sorted({*distributions} - {"torch", "torch-collage"}), "triton"]
     return known | {name: found for name in names if (found := package_version(name))}
 
 
-def facts(kind: str, contenders: Sequence[Contender], device: torch.device, command: str) -> dict[str, Any]:
-    """What a file says of a run of any kind as a whole, taken before it begins."""
+def facts(kind: str, distributions: Iterable[str], device: torch.device, command: str) -> dict[str, Any]:
+    """What a file says of a run of any kind as a whole, taken before it begins.
+
+    Args:
+        kind: one of `KINDS`.
+        distributions: the packages that take part, beside torch and this one.
+        device: where.
+        command: how it was started.
+    """
     return {
         "kind": kind,
         "device": device_name(device),
-        "versions": _versions(contenders),
+        "versions": _versions(distributions),
         "commit": commit(),
         "command": command,
         "threads": torch.get_num_threads(),
@@ -95,10 +102,15 @@ def facts(kind: str, contenders: Sequence[Contender], device: torch.device, comm
     }
 
 
+def distributions(contenders: Iterable[Contender]) -> set[str]:
+    """The packages that optimizers are from."""
+    return {each.distribution for each in contenders}
+
+
 def step_facts(plan: Plan, command: str) -> dict[str, Any]:
     """What the file of `collage bench step` says of its run."""
     own = {"rounds": plan.rounds, "budget_s": plan.budget, "reference": plan.reference.name}
-    return {**facts(STEP, plan.contenders, plan.device, command), **own}
+    return {**facts(STEP, distributions(plan.contenders), plan.device, command), **own}
 
 
 def of_run(run: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +229,7 @@ def read(path: Path) -> dict[str, Any]:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{path} must be a file that `collage bench step` or `collage bench precision` wrote with --json: {error!r}"
+            f"{path} must be a file that one of {', '.join(f'`collage {kind}`' for kind in KINDS)} wrote with --json: "
+            f"{error!r}"
         ) from error
     return result

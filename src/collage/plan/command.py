@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
+from collage.plan.arguments import Family, Heads, Hidden, Intermediate, KvHeads, Layers, Model, Seq, Vocab
 from collage.train.extras import need
 
-MODEL, TRAINING, MEMORY, FILES = "Model", "Training", "Memory", "Files"
+TRAINING, MEMORY, FILES = "Training", "Memory", "Files"
 
 PLAN = (
     "Say what a model needs of memory on each device, for every strategy, without allocating it.\n\n"
@@ -25,35 +26,15 @@ PLAN = (
 
 
 def plan(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A model that `collage train` knows, or a configuration of transformers: config.json or its folder. "
-            "Or leave it out and give --hidden, --layers, --heads and --vocab.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    hidden: Annotated[int | None, typer.Option(help="Width of the model.", rich_help_panel=MODEL)] = None,
-    layers: Annotated[int | None, typer.Option(help="Blocks.", rich_help_panel=MODEL)] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads.", rich_help_panel=MODEL)] = None,
-    vocab: Annotated[
-        int | None,
-        typer.Option(help="Tokens of the vocabulary; for a named model its own if unset.", rich_help_panel=MODEL),
-    ] = None,
-    kv_heads: Annotated[
-        int | None, typer.Option(help="Heads of keys and values (llama). Unset: --heads.", rich_help_panel=MODEL)
-    ] = None,
-    intermediate: Annotated[
-        int | None,
-        typer.Option(help="Width of the feed-forward layers. Unset: as usual in the family.", rich_help_panel=MODEL),
-    ] = None,
-    family: Annotated[
-        str | None, typer.Option(help="gpt, llama or bert. Unset: gpt.", rich_help_panel=MODEL, show_default=False)
-    ] = None,
-    seq: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a sequence. Unset: 2048, of BERT and its kin 512.", rich_help_panel=TRAINING),
-    ] = None,
+    model: Model = None,
+    hidden: Hidden = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    vocab: Vocab = None,
+    kv_heads: KvHeads = None,
+    intermediate: Intermediate = None,
+    family: Family = None,
+    seq: Seq = None,
     micro_batch: Annotated[
         int, typer.Option(help="Sequences of a forward pass on each device.", rich_help_panel=TRAINING)
     ] = 1,

@@ -87,13 +87,13 @@ def settings(
     Raises:
         UserError: an option that can't be followed.
     """
-    for name, value in (("--shards", shards), ("--micro-batch", micro_batch)):
-        if value < 1:
-            raise UserError(f"{name} must be >= 1, got {value}")
+    if shards < 1:
+        raise UserError(f"--shards must be >= 1, got {shards}")
+    check_micro_batch(micro_batch)
+    check_attention(attention)
     choices = {
         "--dtype": (dtype, DTYPES),
         "--grad-dtype": (grad_dtype, GRAD_DTYPES),
-        "--attention": (attention, ATTENTIONS),
         "--products": (products, tuple(PRODUCTS)),
     }
     if reduce_dtype is not None:
@@ -121,4 +121,21 @@ def check_strategy(name: str) -> str:
     """
     if name not in collage.strategies():
         raise UserError(f"--strategy must be one of {', '.join(collage.strategies())}, got {name!r}")
+    return name
+
+
+def check_micro_batch(value: int) -> None:
+    """Raises `UserError` unless it is a micro-batch."""
+    if value < 1:
+        raise UserError(f"--micro-batch must be >= 1, got {value}")
+
+
+def check_attention(name: str) -> str:
+    """The name of an attention.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in ATTENTIONS:
+        raise UserError(f"--attention must be one of {', '.join(ATTENTIONS)}, got {name!r}")
     return name
