@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from collage.kernels import eager, firstuse, fused, native
-from collage.kernels.contract import DRAWS, MOMENTS, ROLES, SUMS, Batch, Hyper, Inputs, Layout, Scalars
+from collage.kernels.contract import DRAWS, MOMENTS, ROLES, SUMS, Batch, Hyper, Inputs, Layout, Scalars, total
 
 __all__ = [
     "DRAWS",
@@ -28,6 +28,7 @@ __all__ = [
     "choose",
     "null_step",
     "step",
+    "total",
 ]
 
 

@@ -166,6 +166,12 @@ def to_float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
+def total(terms: Tensor) -> Tensor:
+    """The sum of a piece's terms. In parts below the size from which torch divides a sum among threads (2**15): the
+    figures are the same for every thread count."""
+    return torch.stack([part.sum() for part in terms.split(1 << 14)]).sum()
+
+
 @dataclass(frozen=True)
 class Scalars:
     """The scalars of a step: float64 for "working", each rounded once to float32 for "fp32" arithmetic."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from collage.kernels.contract import DRAWS, SUMS, Batch, Inputs, Layout, Scalars
+from collage.kernels.contract import DRAWS, SUMS, Batch, Inputs, Layout, Scalars, total
 from collage.numerics import (
     add_scalar,
     counter,
@@ -198,9 +198,9 @@ def _sums(layout: Layout, beta2: float, after: Parts, before: Parts, update: Ten
     wanted = u != 0
     return torch.stack(
         [
-            _total(moved * u),
-            _total(moved_hi * u),
-            _total(u * u),
+            total(moved * u),
+            total(moved_hi * u),
+            total(u * u),
             wanted.sum(),
             (wanted & (moved == 0)).sum(),
             (wanted & (moved_hi == 0)).sum(),
@@ -208,9 +208,3 @@ def _sums(layout: Layout, beta2: float, after: Parts, before: Parts, update: Ten
             (decaying & (moved_v == 0)).sum(),
         ]
     ).to(torch.float64)
-
-
-def _total(terms: Tensor) -> Tensor:
-    """The sum of a piece's terms. In parts below the size from which torch divides a sum among threads (2**15): the
-    figures are the same for every thread count."""
-    return torch.stack([part.sum() for part in terms.split(1 << 14)]).sum()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypedDict
 
-import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from collage.kernels import SUMS
-from collage.metrics.records import Record, record
+from collage.metrics.records import Record, record_of
+from collage.metrics.watch import Row, Rows, Watch
 from collage.optim import AdamW, StepRow
 
 
@@ -30,24 +30,49 @@ class Audit:
         steps: numbers of the steps audited so far.
     """
 
-    def __init__(self, optimizer: AdamW, every: int, model: nn.Module | None) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[Any],
+        every: int,
+        model: nn.Module | None,
+        *,
+        details: bool = False,
+        memory: int | None = None,
+        window: int = 1,
+    ) -> None:
         _check_every(every)
         self.every = every
         self.steps: list[int] = []
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._names = {} if model is None else {id(param): name for name, param in model.named_parameters()}
-        self._rows: Sequence[StepRow] = ()
-        optimizer.add_observer(self)
+        self._rows: list[list[Row]] = [[] for _ in optimizers]
+        self._own = {index: _Own(self, index) for index, each in enumerate(optimizers) if isinstance(each, AdamW)}
+        for index, own in self._own.items():
+            optimizers[index].add_observer(own)
+        self._watches = [
+            Watch(each, self.wants, partial(self._seen, index), memory, window)
+            for index, each in enumerate(optimizers)
+            if details or index not in self._own
+        ]
 
     def wants(self, step: int) -> bool:
         """Whether the step with this number (from 1) is audited."""
         _check_every(self.every)
         return step % self.every == 0
 
-    def record(self, step: int, rows: Sequence[StepRow]) -> None:
-        """Keeps an audited step's sums, on their device; the optimizer calls it."""
-        self.steps.append(step)
-        self._rows = rows
+    def _seen(self, index: int, step: int, rows: Rows) -> None:
+        """Keeps what was seen from outside; the sums of a step that gives them count more."""
+        if index in self._own:
+            summed = {id(row.param): row.sums for row in self._rows[index]}
+            for row in rows:
+                row.sums = summed.get(id(row.param), row.sums)
+        self.keep(index, step, rows)
+
+    def keep(self, index: int, step: int, rows: Rows) -> None:
+        """Keeps an audited step of one of the optimizers."""
+        if not self.steps or self.steps[-1] != step:
+            self.steps.append(step)
+        self._rows[index] = list(rows)
 
     @property
     def last(self) -> Report | None:
@@ -68,29 +93,43 @@ class Audit:
                 f"no step has been audited yet: with every={self.every} the first is step {self.every}. Take steps "
                 "first, or make the audit with a smaller `every`"
             )
-        groups: dict[int, list[StepRow]] = {}
-        modules: dict[str, list[StepRow]] = {}
-        for row in self._rows:
-            groups.setdefault(row.group, []).append(row)
+        rows = [row for each in self._rows for row in each]
+        modules: dict[str, list[Row]] = {}
+        for row in rows:
             name = self._names.get(id(row.param), row.name)
             if name is not None:
                 modules.setdefault(name.rpartition(".")[0] or name, []).append(row)
-        every_group = range(len(self._optimizer.param_groups))
+        step = self.steps[-1]
         return Report(
-            total=self._record(self._rows),
-            groups=[self._record(groups.get(index, ())) for index in every_group],
-            modules={name: self._record(rows) for name, rows in modules.items()},
+            total=record_of(step, rows),
+            groups=[
+                record_of(step, [row for row in each if row.group == index])
+                for each, optimizer in zip(self._rows, self._optimizers, strict=True)
+                for index in range(len(optimizer.param_groups))
+            ],
+            modules={name: record_of(step, each) for name, each in modules.items()},
         )
 
     def detach(self) -> None:
         """Stops watching; what has been recorded stays."""
-        self._optimizer.remove_observer(self)
+        for index, own in self._own.items():
+            self._optimizers[index].remove_observer(own)
+        for watch in self._watches:
+            watch.detach()
 
-    def _record(self, rows: Iterable[StepRow]) -> Record:
-        rows = list(rows)
-        sums = [row.sums.to("cpu", torch.float64) for row in rows]
-        total = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
-        return record(self.steps[-1], total, sum(row.param.numel() for row in rows))
+
+class _Own:
+    """Takes the sums of collage's own optimizer from the very step, on their device."""
+
+    def __init__(self, audit: Audit, index: int) -> None:
+        self._audit, self._index = audit, index
+
+    def wants(self, step: int) -> bool:
+        return self._audit.wants(step)
+
+    def record(self, step: int, rows: Sequence[StepRow]) -> None:
+        kept = [Row(each.group, each.param, each.name, each.param.numel(), sums=each.sums) for each in rows]
+        self._audit.keep(self._index, step, kept)
 
 
 def _check_every(every: int) -> None:
@@ -98,27 +137,65 @@ def _check_every(every: int) -> None:
         raise ValueError(f"every must be an integer >= 1, got {every!r}")
 
 
-def audit(optimizer: Optimizer, every: int = 50, model: nn.Module | None = None) -> Audit:
-    """Audits every ``every``-th step of an optimizer from the very step it takes; other steps cost nothing.
+def audit(
+    optimizer: Any,
+    every: int = 50,
+    model: nn.Module | None = None,
+    *,
+    details: bool = False,
+    memory: int | None = 1 << 30,
+    window: int = 1,
+) -> Audit:
+    """Audits every ``every``-th step of an optimizer; the run has the same bits with and without.
+
+    A :class:`collage.AdamW` gives the sums of the very step. Any other optimizer is watched from outside: parameters,
+    gradients and state are copied before an audited step, the step is replayed on the copies in float64 with the
+    optimizer's own rule, and what was stored is compared with what came out. Nothing is held afterwards. Served are
+    torch's optimizers in all their implementations, :class:`collage.Compensated`, torch-optimi, torchao, bitsandbytes
+    (Adam, AdamW, SGD) and DeepSpeedCPUAdam; any other ``torch.optim.Optimizer`` is tried with its own ``step``, and the
+    replay counts if it explains what was stored. Where there is none, ``report()["total"]["replayed"]`` is False,
+    ``"reasons"`` says why, and unchanged elements and displacement are what is left to see.
 
     Args:
-        optimizer: a :class:`collage.AdamW`, or a wrapper that holds one as ``.optimizer`` (Accelerate's).
+        optimizer: an optimizer; a wrapper that holds one as ``.optimizer`` (Accelerate's, Lightning's); a container of
+            several as ``.optimizers`` (torchtitan's), or a list of them.
         every: steps between audited ones, >= 1; step numbers that it divides are audited.
         model: names the modules in the report; not needed where the optimizer was given named parameters.
+        details: of a :class:`collage.AdamW`, also the figures that come from outside the step; other optimizers always
+            have them.
+        memory: bytes that the copies of an audited step may take. Beyond, evenly spaced runs of each parameter's
+            elements stand for all. None: no bound.
+        window: steps over which the displacement is taken where there is no replay, up to the audited one.
 
     Returns:
         The audit: ``.report()`` after an audited step, ``.last``, ``.detach()``.
 
     Raises:
-        TypeError: the optimizer is not a collage optimizer.
-        ValueError: ``every`` is not a positive integer.
+        TypeError: it is no optimizer and holds none.
+        ValueError: ``every``, ``memory`` or ``window`` is not a positive integer.
     """
-    inner: Any = optimizer
-    while not isinstance(inner, AdamW) and hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    if not isinstance(inner, AdamW):
+    for name, value in (("window", window), ("memory", 1 if memory is None else memory)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    found = list(_inner(optimizer))
+    return Audit(found, every, model, details=details, memory=memory, window=window)
+
+
+def _inner(optimizer: Any) -> list[Any]:
+    """The optimizers that step."""
+    members = optimizer if isinstance(optimizer, (list, tuple)) else getattr(optimizer, "optimizers", None)
+    if isinstance(members, (list, tuple)) and members:
+        return [inner for member in members for inner in _inner(member)]
+    within = getattr(optimizer, "optimizer", None)
+    if (
+        within is not None
+        and not isinstance(optimizer, AdamW)
+        and (hasattr(within, "step") or hasattr(within, "optimizer"))
+    ):
+        return _inner(within)
+    if not isinstance(optimizer, Optimizer) and not all(hasattr(optimizer, name) for name in ("step", "param_groups")):
         raise TypeError(
-            f"the audit takes its sums from collage's own step, got {type(optimizer).__name__}; construct "
-            "collage.AdamW (strategy='plain' steps as a low-precision torch.optim.AdamW does)"
+            f"the audit takes an optimizer, or what holds one as .optimizer, got {type(optimizer).__name__} without "
+            "step and param_groups"
         )
-    return Audit(inner, every, model)
+    return [optimizer]
