@@ -91,7 +91,7 @@ def test_options_count_more_than_the_settings_file(text: Path, tmp_path: Path) -
     [
         (["--strategy", "pluss"], "collage: strategy must be one of plain"),
         (["--steps", 0], "collage: steps must be >= 1, got 0"),
-        (["--data", "/nowhere"], "collage: data must be a text file or a folder, got /nowhere"),
+        (["--data", "/nowhere"], "collage: data must be a text, JSON Lines or Parquet file"),
         (["--resume"], "collage: nothing to resume"),
         (["--config", "/nowhere.json"], "collage: --config must be a readable JSON file"),
     ],

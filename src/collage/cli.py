@@ -78,12 +78,13 @@ def train(
     """
     need("train")
     from collage.train.continuation import continued
+    from collage.train.data import with_data
     from collage.train.loop import train as run_training
     from collage.train.runfiles import resume_config, write_json
 
     if config is not None:
         settings = {**_read_settings(config), **settings}
-    resolved = resume_config(out, settings) if resume else TrainConfig.from_json(continued(settings))
+    resolved = resume_config(out, settings) if resume else TrainConfig.from_json(continued(with_data(settings)))
     run = run_training(resolved, out, resume=resume, corpus=corpus, command=_command())
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun the first process speaks for all
@@ -196,6 +197,57 @@ def compare(
     if failed:
         names = ", ".join(each["name"] for each in failed)
         raise RunFailed(f"{len(failed)} of {count} runs failed: {names}; once the cause is mended, {remedy}")
+
+
+@app.command()
+@config_options(only=("recipe", "text_column", "corpus_bytes", "tokenizer", "vocab_size", "model"))
+def data(
+    settings: dict[str, Any],
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="A text file, JSON Lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet, a folder with files of one kind, "
+            "or a dataset: wikipedia, wikitext, c4, openwebtext, hf:REPOSITORY@REVISION:CONFIG:SPLIT (all but the repository may "
+            "be left out). Unset: the Python standard library's own sources.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the corpus.", rich_help_panel=FILES)] = Path("corpus"),
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Threads that tokenize. Unset: one for each core.", rich_help_panel=FILES),
+    ] = None,
+    shard_bytes: Annotated[
+        int,
+        typer.Option(
+            help="Text in a shard. What is cut off loses the shard that it was making, and no more.",
+            rich_help_panel=FILES,
+        ),
+    ] = 2**27,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Build nothing: read the corpus in --out and compare its hashes.", rich_help_panel=FILES
+        ),
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write what the corpus is to this file.", rich_help_panel=FILES)
+    ] = None,
+) -> None:
+    """Tokenize a text once and keep it on disk; `collage train --data OUT` and `compare` then map it into memory.
+
+    The corpus may be larger than memory. A build that was cut off, by Ctrl-C or anything else, goes on when the same
+    command is given again, to the same bytes. --model says whose special tokens a trained vocabulary gets.
+    """
+    need("train")
+    from collage.train.build import run_command
+    from collage.train.runfiles import write_json
+
+    if source is not None:
+        settings["data"] = source
+    info = run_command(settings, out, workers=workers, shard_bytes=shard_bytes, check_only=check)
+    if json_file is not None:
+        write_json(json_file, info)
 
 
 @app.command()

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from collage.train.config import UserError
-from collage.train.text import read_documents
+from collage.train.data import split_batches
+from collage.train.sources import open_source
+
+
+def read_documents(data: str | None, limit: int | None) -> tuple[str, list[str]]:
+    source = open_source(data, "text", limit)
+    return source.name, [text for batch in split_batches(source) for text in batch.documents]
 
 
 def test_the_standard_library_is_read_in_a_fixed_order_without_tests_and_tables() -> None:

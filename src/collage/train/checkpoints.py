@@ -3,7 +3,7 @@
 step-000120/model.safetensors       the weights the model computes with, and config.json: transformers can load it
 step-000120/optimizer.safetensors   every tensor of the optimizer's state, as "index.name"
 step-000120/optimizer.json          the parameter groups
-step-000120/trainer.json            step, settings, loss scale
+step-000120/trainer.json            step, settings, loss scale, where a streamed text was read up to
 
 A sharded run has shard-*.safetensors in place of the first two files: see `collage.train.sharded`.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ class Saved:
     """What the files of a checkpoint hold.
 
     Attributes:
-        trainer: step, settings, loss scale.
+        trainer: step, settings, loss scale, place in a streamed text.
         weights: the model's tensors by name; of tied ones the first name alone.
         optimizer: the optimizer's ``state_dict()``.
     """
@@ -58,11 +58,13 @@ class Progress:
         step: optimizer steps done.
         wall_time_s: seconds spent on them.
         scaler: the loss scaler's state; empty without one.
+        data: where a streamed text was read up to (`stream.Stream.state`); empty for any other.
     """
 
     step: int
     wall_time_s: float
     scaler: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ def load(path: Path, config: TrainConfig, model: torch.nn.Module, optimizer: Opt
 
 def progress_of(trainer: dict[str, Any]) -> Progress:
     """How far a run had come, from the content of trainer.json."""
-    return Progress(trainer["step"], trainer["wall_time_s"], trainer["scaler"])
+    return Progress(trainer["step"], trainer["wall_time_s"], trainer["scaler"], trainer.get("data", {}))
 
 
 def read(path: Path, remedy: str) -> Saved:

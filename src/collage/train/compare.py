@@ -23,7 +23,8 @@ from typing import IO, Any, Protocol
 import torch
 
 from collage.train.config import TrainConfig, UserError, resumed
-from collage.train.data import Corpus, prepare_corpus
+from collage.train.corpusfiles import is_corpus
+from collage.train.data import Corpus, prepare_corpus, with_data
 from collage.train.runfiles import FORMAT, write_json
 from collage.train.signals import StopSignals
 
@@ -98,9 +99,12 @@ class Plan:
         return [Planned(config, self.out / f"{config.strategy}-seed{config.seed}") for config in configs]
 
     @property
-    def corpus(self) -> Path:
-        """The folder of the text that all runs share."""
-        return self.out / "corpus"
+    def corpus(self) -> Path | None:
+        """The folder of the text that all runs share; None where each reads what `data` names by itself.
+
+        That is a prepared corpus, which all map from the same files, or a stream.
+        """
+        return None if self.config.stream or is_corpus(self.config.data) else self.out / "corpus"
 
     def left(self) -> list[Planned]:
         """The runs that have not finished yet."""
@@ -152,6 +156,7 @@ def make_plan(settings: dict[str, Any], strategies: str | None, seeds: int | Non
 
 
 def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    settings = with_data(settings)
     if settings.get("from_checkpoint") is None and settings.get("recipe") is None:
         return settings
     from collage.train.continuation import continued  # needs what reports, which read this module, do without
@@ -204,7 +209,7 @@ def prepare(plan: Plan, command: str) -> dict[str, Any]:
     file = plan.out / COMPARE_FILE
     earlier = read_json(file) if file.exists() else {}
     # Without a plan beside it, a corpus comes from an attempt that may have had other settings.
-    if plan.left() and not (earlier and (plan.corpus / "corpus.json").exists()):
+    if plan.left() and plan.corpus and not (earlier and (plan.corpus / "corpus.json").exists()):
         _text(plan.config).save(plan.corpus)
     commands = dict.fromkeys([*(earlier.get("command") or "").splitlines(), command])
     known = {
@@ -258,7 +263,7 @@ def latest_figures(path: Path) -> dict[str, Any]:
 class Child:
     """One running `collage train`."""
 
-    def __init__(self, planned: Planned, corpus: Path) -> None:
+    def __init__(self, planned: Planned, corpus: Path | None) -> None:
         self.planned = planned
         self._asked_to_stop = False
         write_json(planned.folder / "config.json", planned.config.to_json())
@@ -273,10 +278,10 @@ class Child:
             start_new_session=True,
         )
 
-    def _command(self, corpus: Path) -> list[str]:
+    def _command(self, corpus: Path | None) -> list[str]:
         folder = self.planned.folder
         command = [sys.executable, "-m", "collage", "train", "--config", str(folder / "config.json")]
-        command += ["--corpus", str(corpus), "--out", str(folder)]
+        command += [*(["--corpus", str(corpus)] if corpus else []), "--out", str(folder)]
         return [*command, "--resume"] if self.planned.started else command
 
     def _environment(self) -> dict[str, str]:
@@ -340,7 +345,7 @@ class Watcher(Protocol):
         """The runs were asked to save and leave."""
 
 
-def run_all(planned: Sequence[Planned], corpus: Path, jobs: int, watcher: Watcher) -> list[Outcome]:
+def run_all(planned: Sequence[Planned], corpus: Path | None, jobs: int, watcher: Watcher) -> list[Outcome]:
     """Make the runs, `jobs` at the same time; the outcomes are in the order of `planned`.
 
     Ctrl-C or SIGTERM is passed on to the running children, which save a checkpoint and leave; the runs not begun are

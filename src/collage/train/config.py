@@ -137,7 +137,18 @@ class TrainConfig:
     )
 
     data: str | None = _setting(
-        None, DATA, "A text file, or a folder of them. Unset: the Python standard library's own sources."
+        None,
+        DATA,
+        "A text file, JSON Lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet, or a folder with files of one kind; a "
+        "corpus that `collage data` built; a dataset of the Hugging Face hub: wikipedia, wikitext, c4, openwebtext, or "
+        "hf:REPOSITORY@REVISION:CONFIG:SPLIT (all but the repository may be left out). Unset: the Python standard library's own sources.",
+    )
+    text_column: str = _setting("text", DATA, "Where JSON Lines, Parquet and datasets of the hub have the text.")
+    stream: bool = _setting(
+        False,
+        DATA,
+        "Read and tokenize the text while training, and keep none of it: for text larger than disk or memory. "
+        "--resume goes on at the exact sample.",
     )
     corpus_bytes: int | None = _setting(
         None,
@@ -261,6 +272,10 @@ def _contradicts(name: str, wanted: TrainConfig, stored: TrainConfig) -> bool:
     """Whether a setting differs in effect; a warm-up or last learning rate left unset contradicts none."""
     if name == "from_checkpoint":
         return not _same_checkpoint(wanted.from_checkpoint, stored.from_checkpoint)
+    if name == "data":
+        from collage.train.hub import same_data  # which needs this module
+
+        return not same_data(wanted.data, stored.data)
     if name not in _FILLED:
         return getattr(wanted, name) != getattr(stored, name)
     return getattr(wanted, name) not in (None, getattr(stored, _FILLED[name]))
@@ -302,7 +317,7 @@ def _fail(name: str, got: object, allowed: str, remedy: str = "") -> UserError:
 _INTEGERS = ("steps", "warmup", "batch_size", "seq_len", "micro_batch", "corpus_bytes", "vocab_size", "eval_every")
 _INTEGERS += ("eval_batches", "log_every", "audit_every", "seed", "checkpoint_every", "keep_checkpoints", "threads")
 _NUMBERS = ("lr", "min_lr", "eps", "weight_decay", "clip", "dropout")
-_FLAGS = ("fsdp",)
+_FLAGS = ("fsdp", "stream")
 _OPTIONAL = ("backend", "warmup", "min_lr", "micro_batch", "data", "corpus_bytes", "vocab_size", "device", "threads")
 _OPTIONAL += ("from_checkpoint", "recipe", "dropout")
 
@@ -392,6 +407,8 @@ def _check_together(config: TrainConfig) -> None:
         raise _fail("backend", config.backend, "eager with arithmetic working", "leave it unset")
     if config.dropout is not None and config.dropout >= 1.0:
         raise _fail("dropout", config.dropout, "less than 1")
+    if config.stream and config.corpus_bytes is not None:
+        raise _fail("corpus_bytes", config.corpus_bytes, "unset with stream", "leave one of them out")
     _check_text(config)
 
 

@@ -26,13 +26,14 @@ STEPS, SLOWER = 250, 10.0
 """Unless said otherwise, the steps of a continuation, and what divides the source's lr for its lr, that for min_lr."""
 
 INHERITED = ("model", "dtype", "betas", "eps", "weight_decay", "clip", "batch_size", "seq_len", "micro_batch")
-INHERITED += ("grad_dtype", "reduce_dtype", "data", "corpus_bytes", "tokenizer", "vocab_size", "eval_batches")
+INHERITED += ("grad_dtype", "reduce_dtype", "data", "text_column", "stream", "corpus_bytes", "tokenizer", "vocab_size")
+INHERITED += ("eval_batches",)
 """Settings that are the source run's unless said otherwise."""
 
 FIXED = ("model", "tokenizer", "vocab_size")
 """Settings that the checkpoint's tensors fix."""
 
-_TEXT = ("data", "corpus_bytes")
+_TEXT = ("data", "text_column", "stream", "corpus_bytes")
 
 _REMEDY = "take another checkpoint"
 

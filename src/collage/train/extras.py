@@ -9,6 +9,7 @@ from collage.train.config import UserError
 EXTRAS = {
     "train": ("accelerate", "numpy", "rich", "safetensors", "tokenizers", "transformers"),
     "bench": ("rich",),
+    "data": ("datasets", "pyarrow", "zstandard"),
     "report": ("jinja2", "matplotlib", "rich"),
 }
 """The packages that each extra brings, by the name they are imported with."""

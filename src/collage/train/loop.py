@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from collage.train.objectives import Batch, dropout_bits, objective_for
 from collage.train.products import multiplying, products
 from collage.train.schedule import learning_rate
 from collage.train.signals import StopSignals
+from collage.train.stream import Stream, merged
 
 
 def train(
@@ -173,6 +174,9 @@ class _Run:
         except BaseException:
             self._finish("failed")
             raise
+        finally:
+            if isinstance(self.objective.training, Stream):
+                self.objective.training.close()
 
     def _next_step(self) -> dict[str, Any] | None:
         """One optimizer step; returns its record if it's a step that leaves one."""
@@ -357,6 +361,8 @@ class _Run:
             progress = load(checkpoint, self.config, self.weights, self.optimizer)
             self.step, self.earlier_s = progress.step, progress.wall_time_s
             self.scaler.load_state_dict(progress.scaler)
+            if isinstance(self.objective.training, Stream):
+                self.objective.training.load(progress.data)
 
     def _check_same_start(self, run: dict[str, Any]) -> None:
         """Raise `UserError` unless the run in `out` began with this text, these batches and these weights."""
@@ -388,7 +394,7 @@ class _Run:
         """Save; of a sharded model only begin to. All processes come here together."""
         self.metrics.sync()
         self.audits.sync()
-        progress = checkpoints.Progress(self.step, self._wall_time(), self.scaler.state_dict())
+        progress = checkpoints.Progress(self.step, self._wall_time(), self.scaler.state_dict(), self._place())
         folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
         with self._saving():
             if self.saves is not None:
@@ -396,6 +402,11 @@ class _Run:
             elif self.accelerator.is_main_process:
                 checkpoints.save(folder, progress, self.config, self.weights, self.optimizer, keep)
         self.accelerator.wait_for_everyone()
+
+    def _place(self) -> dict[str, Any]:
+        """Where a streamed text was read up to; each process has read its own share. Empty for any other text."""
+        stream = self.objective.training
+        return merged(gather_object([stream.state()])) if isinstance(stream, Stream) else {}
 
     def _wait_for_save(self) -> None:
         with self._saving():

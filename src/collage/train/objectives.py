@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from collage.train.config import TrainConfig, UserError
-from collage.train.data import Corpus, Windows, keyed
+from collage.train.data import Corpus, Tokens, Windows, keyed
 from collage.train.models import CAUSAL, MASKED, MASKED_PAIRS, MODELS
+from collage.train.stream import Stream, StreamedTokens, windows
 from collage.train.tokens import Special, number, read_tokenizer, special
 
 if TYPE_CHECKING:
@@ -90,14 +91,16 @@ class Objective:
     def __init__(self, config: TrainConfig, text: Corpus) -> None:
         self._size, self._taken = config.batch_size, config.eval_batches * config.batch_size
         self.training = self._samples(text.train, config.seq_len, "train")
-        self.held_out = self._samples(text.validation, config.seq_len, "validation")
+        held_out = self._samples(text.validation, config.seq_len, "validation")
+        assert isinstance(held_out, Windows)  # of a stream, too, what is validated on lies in memory
+        self.held_out = held_out
 
-    def _samples(self, tokens: np.ndarray, seq_len: int, split: str) -> Windows:
-        return Windows(tokens, seq_len, split)
+    def _samples(self, tokens: Tokens | StreamedTokens, seq_len: int, split: str) -> Windows | Stream:
+        return windows(tokens, seq_len, split)
 
     def batch(self, step: int, seed: int, share: slice) -> Batch:
         """The sequences of optimizer step `step`, from 1, that stand at the places `share` of the batch."""
-        return self._make(self.training, self.training.batch(step, self._size, seed), (seed, step), share)
+        return self._make(self.training, self.training.batch(step, self._size, seed, share), (seed, step), share)
 
     def validation(self, share: slice) -> Batch:
         """The places `share` of the validation set: the same sequences, and the same masks, each time."""
@@ -108,7 +111,7 @@ class Objective:
         """Sequences of the validation set."""
         return min(self._taken, self.held_out.count)
 
-    def _make(self, source: Windows, samples: np.ndarray, keys: tuple[int, ...], share: slice) -> Batch:
+    def _make(self, source: Windows | Stream, samples: np.ndarray, keys: tuple[int, ...], share: slice) -> Batch:
         sequences = torch.from_numpy(samples[share])
         return Batch({"input_ids": sequences[:, :-1]}, sequences[:, 1:])
 
@@ -149,11 +152,11 @@ class MaskedTokens(Objective):
         self._collator = _collator(self._tokenizer, self._special)
         super().__init__(config, text)
 
-    def _samples(self, tokens: np.ndarray, seq_len: int, split: str) -> Windows:
+    def _samples(self, tokens: Tokens | StreamedTokens, seq_len: int, split: str) -> Windows | Stream:
         # A window has one token more than its length, which belongs to the next one.
-        return Windows(tokens, seq_len - self.around, split)
+        return windows(tokens, seq_len - self.around, split)
 
-    def _make(self, source: Windows, samples: np.ndarray, keys: tuple[int, ...], share: slice) -> Batch:
+    def _make(self, source: Windows | Stream, samples: np.ndarray, keys: tuple[int, ...], share: slice) -> Batch:
         inner = torch.from_numpy(samples[share][:, :-1])
         ends = [torch.full((len(inner), 1), token) for token in (self._cls, self._sep)]
         return self._masked(torch.cat([ends[0], inner, ends[1]], dim=1), keyed(len(samples), _MASKS, *keys)[share])
@@ -230,7 +233,7 @@ class Pieces(Windows):
         UserError: the split has fewer than two documents of two tokens.
     """
 
-    def __init__(self, tokens: np.ndarray, end: int, longest: int, split: str) -> None:
+    def __init__(self, tokens: Tokens, end: int, longest: int, split: str) -> None:
         ends = _places(tokens, end)
         starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
         kept = ends - starts >= 2
@@ -267,7 +270,7 @@ class Pieces(Windows):
         return self.text(int(self._starts[other]) + start, length)
 
 
-def _places(tokens: np.ndarray, value: int, at_once: int = 2**24) -> np.ndarray:
+def _places(tokens: Tokens, value: int, at_once: int = 2**24) -> np.ndarray:
     """Where `value` stands in `tokens`, read a part at a time since they may be mapped from a large file."""
     parts = range(0, len(tokens), at_once)
     return np.concatenate([np.flatnonzero(tokens[start : start + at_once] == value) + start for start in parts])
@@ -287,11 +290,16 @@ class MaskedPairs(MaskedTokens):
         self._positions = config.seq_len
         super().__init__(config, text)
 
-    def _samples(self, tokens: np.ndarray, seq_len: int, split: str) -> Windows:
+    def _samples(self, tokens: Tokens | StreamedTokens, seq_len: int, split: str) -> Windows:
+        if isinstance(tokens, StreamedTokens):
+            raise UserError(
+                "pairs of sentences need text that can be looked up, got a stream; leave --stream out (with "
+                "`collage data` first, if the text is large)"
+            )
         end = number(self._tokenizer, self._special.end)
         return Pieces(tokens, end, seq_len - self.around, split)
 
-    def _make(self, source: Windows, samples: np.ndarray, keys: tuple[int, ...], share: slice) -> Batch:
+    def _make(self, source: Windows | Stream, samples: np.ndarray, keys: tuple[int, ...], share: slice) -> Batch:
         assert isinstance(source, Pieces)
         draws = keyed(len(samples), _PAIRS, *keys)[share]
         pairs = [self._pair(source, sample, int(key)) for sample, key in zip(samples[share], draws, strict=True)]

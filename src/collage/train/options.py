@@ -10,12 +10,14 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from collage.train.config import TrainConfig, option
+from collage.train.config import TrainConfig, option, setting_names
 from collage.train.recipes import RECIPES
 
 
-def config_options(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for every setting that isn't in `without`.
+def config_options(
+    *, without: Collection[str] = (), only: Collection[str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every setting that isn't in `without`, or for those in `only`.
 
     The decorated function has a parameter `settings`: it gets the dict of those settings that were given, and
     keeps its own options. An option left out is left out of the dict, so that a file or a run's own settings count.
@@ -23,7 +25,8 @@ def config_options(*, without: Collection[str] = ()) -> Callable[[Callable[..., 
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters
-        extra = {f.name: _parameter(f) for f in fields(TrainConfig) if f.name not in without}
+        wanted = set(setting_names() if only is None else only) - set(without)
+        extra = {f.name: _parameter(f) for f in fields(TrainConfig) if f.name in wanted}
 
         @functools.wraps(command)
         def wrapper(**values: Any) -> None:

@@ -284,6 +284,11 @@ def load_published(repository: str) -> Tokenizer:
         raise Unreachable(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def end_token(tokenizer: Tokenizer | None) -> int:
+    """The number of the token that ends each document; of None, which stands for bytes, 256."""
+    return BYTE_VOCABULARY - 1 if tokenizer is None else number(tokenizer, special(tokenizer).end)
+
+
 # ---- packing ---------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +306,7 @@ def pack(tokenizer: Tokenizer | None, documents: list[str]) -> np.ndarray:
     """
     if tokenizer is None:
         return pack_bytes(documents)
-    end = number(tokenizer, special(tokenizer).end)
+    end = end_token(tokenizer)
     tokenizer.encode_special_tokens = True  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.no_truncation()
     tokenizer.no_padding()
