@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from collage.train.config import RunFailed, TrainConfig, UserError, unknown_settings
+from collage.train.config import SOURCES, RunFailed, TrainConfig, UserError, unknown_settings
 from collage.train.extras import need
 
 try:
@@ -206,9 +206,7 @@ def data(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="A text file, JSON Lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet, a folder with files of one kind, "
-            "or a dataset: wikipedia, wikitext, c4, openwebtext, hf:REPOSITORY@REVISION:CONFIG:SPLIT (all but the repository may "
-            "be left out). Unset: the Python standard library's own sources.",
+            help=f"{SOURCES}. Unset: the Python standard library's own sources.",
             show_default=False,
         ),
     ] = None,

@@ -26,6 +26,10 @@ ARITHMETICS = ("fp32", "working")
 SCHEDULES = ("cosine", "linear", "constant")
 GRAD_DTYPES = ("model", "float32")
 REDUCE_DTYPES = ("model", "float32")
+SOURCES = (
+    "A text file, JSON Lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet, a folder with files of one kind; a dataset of "
+    "the Hugging Face hub: wikipedia, wikitext, c4, openwebtext, hf:REPOSITORY, hf:REPOSITORY@REVISION:CONFIG:SPLIT"
+)
 BYTE_VOCABULARY = 257
 """The byte tokenizer's vocabulary: 256 bytes and the end-of-document token."""
 
@@ -139,9 +143,7 @@ class TrainConfig:
     data: str | None = _setting(
         None,
         DATA,
-        "A text file, JSON Lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet, or a folder with files of one kind; a "
-        "corpus that `collage data` built; a dataset of the Hugging Face hub: wikipedia, wikitext, c4, openwebtext, or "
-        "hf:REPOSITORY@REVISION:CONFIG:SPLIT (all but the repository may be left out). Unset: the Python standard library's own sources.",
+        f"{SOURCES}, or a corpus that `collage data` built. Unset: the Python standard library's own sources.",
     )
     text_column: str = _setting("text", DATA, "Where JSON Lines, Parquet and datasets of the hub have the text.")
     stream: bool = _setting(
