@@ -74,6 +74,7 @@ def train(
     """Train one model with one strategy.
 
     Without options: a small GPT with the strategy 'plus', on the Python standard library's sources.
+    With --recipe NAME: a whole configuration, such as one of the paper's; options beside it count more.
     With --from CHECKPOINT: a run that continues another one, with this strategy.
     """
     need("train")
@@ -160,6 +161,7 @@ def compare(
     """Train one model with several strategies, from the same weights on the same batches, and report on them.
 
     Without options: a small GPT with plain, light, plus and mixed, on the Python standard library's sources.
+    With --recipe NAME: a whole configuration, such as one of the paper's; options beside it count more.
     With --from CHECKPOINT: all strategies branch from one checkpoint, and a low learning rate tells them apart.
     """
     need("train")
@@ -246,6 +248,29 @@ def data(
     info = run_command(settings, out, workers=workers, shard_bytes=shard_bytes, check_only=check)
     if json_file is not None:
         write_json(json_file, info)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Show every setting of this recipe. Unset: a line for each recipe.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the settings, by recipe, to this file as well.")
+    ] = None,
+) -> None:
+    """The recipes that --recipe names: models and settings of the paper, and small siblings of them."""
+    need("train")
+    from rich.console import Console
+
+    from collage.train.recipe_table import settings_table, table
+    from collage.train.recipes import RECIPES, recipe
+    from collage.train.runfiles import write_json
+
+    configs = {each: recipe(each) for each in (RECIPES if name is None else [name])}
+    Console().print(table(configs) if name is None else settings_table(configs[name]))
+    if json_file is not None:
+        write_json(json_file, {each: config.to_json() for each, config in configs.items()})
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import collage
 from collage.train import checkpoints
 from collage.train.checkpoints import CheckpointError
 from collage.train.config import EXECUTING, TrainConfig, UserError, option, unknown_settings
-from collage.train.data import Corpus, prepare_corpus
+from collage.train.data import Corpus, CorpusInfo, prepare_corpus
 from collage.train.recipes import filled, recipe
 from collage.train.runfiles import read_run
 
@@ -185,6 +185,12 @@ def tokenizer_json(config: TrainConfig, *folders: Path) -> str | None:
     return found[0].read_text(encoding="utf-8")
 
 
+def with_tokenizer(info: CorpusInfo, run: Mapping[str, Any]) -> CorpusInfo:
+    """`info` with what the run says of the tokenizer that is its own: it may not be the one that was asked for."""
+    said = run["corpus"]
+    return replace(info, tokenizer=said["tokenizer"], tokenizer_note=said.get("tokenizer_note"))
+
+
 def continued_text(config: TrainConfig) -> Corpus:
     """The text that `config` names, with the tokenizer of the checkpoint it continues from.
 
@@ -198,6 +204,8 @@ def continued_text(config: TrainConfig) -> Corpus:
             f"the tokenizer must have the {source.vocab_size} tokens of the model in {source.path}, got "
             f"{text.info.vocab_size}; copy tokenizer.json from that run's folder"
         )
+    if source.run is not None:
+        text = replace(text, info=with_tokenizer(text.info, source.run))
     if (config.data, config.corpus_bytes) == (source.config.data, source.config.corpus_bytes):
         _check_same_text(source, text)
     return text

@@ -133,7 +133,7 @@ class _Run:
         facts["batches_sha256"] = self.objective.sha256(config.steps, self.order_seed)
         self.record = runfiles.describe(config, self.weights, self.device, facts)
         if resume:
-            self._resume(reached)
+            self._resume(reached, text)
         self.metrics, self.audits = self._metrics(text)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
@@ -352,9 +352,9 @@ class _Run:
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
-    def _resume(self, checkpoint: Path | None) -> None:
+    def _resume(self, checkpoint: Path | None, text: Corpus) -> None:
         run = runfiles.read_run(self.out)
-        self.record["command"] = run["command"]
+        self.record |= {"command": run["command"], "corpus": continuation.with_tokenizer(text.info, run).to_json()}
         self._check_same_start(run)
         if checkpoint is not None:
             load = sharded.load if self.sharded else checkpoints.load
