@@ -282,9 +282,27 @@ def report(
         Path | None, typer.Option(help="Folder for report.html, report.md and plots/. Unset: the first DIR.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Serve the page to this machine, following runs as they go, until Ctrl-C; writes no file."
+        ),
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port for --watch; 0: any. Unset: 8420, or the next one that is free."),
+    ] = None,
 ) -> None:
-    """Make report.html, report.md and plots from the files of runs and comparisons."""
+    """Make report.html, report.md and plots from the files of runs and comparisons, of any age."""
     need("report")
+    if follow:
+        from collage.report.watch import watch
+
+        if out is not None or json_file is not None:
+            raise UserError("--watch writes no file, so it takes neither --out nor --json; leave them out")
+        return watch(directories, port, typer.echo)
+    if port is not None:
+        raise UserError(f"--port is for --watch, got {port} without it; add --watch or leave --port out")
     from collage.report.write import report_on
 
     _show_report(report_on(directories, out), json_file)

@@ -51,11 +51,29 @@ def final(strategy: str, seed: int, steps: int) -> dict[str, Any]:
     }
 
 
+MODULES = ("model.embed", "model.layers.0.mlp.up", "model.layers.0.norm", "head")
+
+
+def audits(strategy: str, steps: int, last: int) -> list[dict[str, Any]]:
+    """Records of audit.jsonl in which each module loses a little more than the one before, but the last nothing."""
+    made = []
+    for step in range(10, last + 1, 10):
+        lost = LOST.get(strategy, 0.0) * step / steps
+        shares = {name: lost * (1 + index) / 4 if name != "head" else 0.0 for index, name in enumerate(MODULES)}
+        modules = {
+            name: {"edq_ratio": 1.0 - share, "lost_fraction": share, "lost_fraction_hi": share, "v_lost_fraction": None}
+            for name, share in shares.items()
+        }
+        bins = {"log2_edges": [None, -2.0, -1.0, 0.0, 1.0, None], "counts": [step, 2 * step, 40, 20, 10]}
+        made.append({"step": step, "modules": modules, "update_ulp_histogram": bins})
+    return made
+
+
 def write_run(folder: Path, strategy: str, seed: int = 0, **changes: Any) -> Path:
-    """Write FOLDER/STRATEGY-seedSEED; `changes` replace entries of run.json, but for `steps`, `last`, `config` and
-    `start_loss`, the validation loss before the first step.
+    """Write FOLDER/STRATEGY-seedSEED; `changes` replace entries of run.json, but for `steps`, `last`, `config`,
+    `start_loss`, the validation loss before the first step, and `audited`, whether there is an audit.jsonl.
     """
-    start_loss = changes.pop("start_loss", None)
+    start_loss, audited = changes.pop("start_loss", None), changes.pop("audited", False)
     steps, last = changes.pop("steps", 60), changes.pop("last", None)
     config = {**TrainConfig().to_json(), "strategy": strategy, "seed": seed, "steps": steps}
     name = changes.pop("directory", f"{strategy}-seed{seed}")
@@ -90,7 +108,16 @@ def write_run(folder: Path, strategy: str, seed: int = 0, **changes: Any) -> Pat
     if start_loss is not None:
         made.insert(0, {"step": 0, "tokens": 0, "validation_loss": start_loss})
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
+    if audited:
+        found = audits(strategy, steps, steps if last is None else last)
+        (run / "audit.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
     return run
+
+
+@pytest.fixture(scope="session")
+def run_writer() -> Callable[..., Path]:
+    """`write_run`, for fixtures that outlive a test."""
+    return write_run
 
 
 @pytest.fixture

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import io
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from collage.report.page import Picture, context, html, markdown, show, warnings
+from collage.report.differences import differences
+from collage.report.groups import group_runs
+from collage.report.page import Picture, Texts, context, html, markdown, show, texts, warnings
 from collage.report.runs import read_runs
 from collage.report.summary import summarize
+from collage.report.view import view
 from collage.report.wording import COLUMNS, verdict
 
 MakeRun = Callable[..., Path]
 EVIL = '<script>alert("x")</script> & | `*_'
-PICTURE = Picture("loss", "Training loss", "What it shows.", b"light", b"dark")
+PICTURE = Picture("loss", "Training loss", "What it shows.", b"png")
 VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
 
 
@@ -54,6 +60,17 @@ def summary(make_run: MakeRun, tmp_path: Path) -> dict[str, Any]:
     return summarize(read_runs([tmp_path / "runs"]), jobs=2, wall_time_s=125.0)
 
 
+def page_of(summary: Mapping[str, Any], data: Mapping[str, Any] | None = None, **options: Any) -> str:
+    return html(texts(context(summary)), view([]) if data is None else data, **options)
+
+
+def without_library(page: str) -> str:
+    """The page but for plotly.js, which is packed."""
+    kept, found = re.subn(r'(<script type="text/plain" id="library">)[A-Za-z0-9+/=]+(</script>)', r"\1\2", page)
+    assert found == 1
+    return kept
+
+
 def printed(summary: dict[str, Any], width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
     show(summary, console)
@@ -62,10 +79,10 @@ def printed(summary: dict[str, Any], width: int) -> str:
 
 
 def test_the_page_needs_no_other_file(summary: dict[str, Any]) -> None:
-    page = html(context(summary, [PICTURE]))
+    page = without_library(page_of(summary))
     tags = Tags(page)
     assert tags.open == []
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags.found}
+    assert "iframe" not in {tag for tag, _ in tags.found}
     for tag, attributes in tags.found:
         for name in ("src", "srcset", "href"):
             assert (attributes.get(name) or "data:").startswith("data:"), tag
@@ -74,17 +91,22 @@ def test_the_page_needs_no_other_file(summary: dict[str, Any]) -> None:
     assert "http" not in page
 
 
+def test_the_page_holds_plotly_packed() -> None:
+    page = html(Texts("title", "", ""), view([]))
+    (packed,) = re.findall(r'<script type="text/plain" id="library">([^<]+)</script>', page)
+    assert "plotly.js v" in gzip.decompress(base64.b64decode(packed)).decode()[:100]
+    assert len(page) < 2_500_000
+
+
 def test_the_page_fits_phones_and_dark_screens(summary: dict[str, Any]) -> None:
-    page = html(context(summary, [PICTURE]))
+    page = page_of(summary)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in Tags(page).found
-    assert "prefers-color-scheme: dark" in page
+    assert "light-dark(" in page
     assert "@media (max-width: 760px)" in page
-    assert PICTURE.light in page
-    assert PICTURE.dark in page
 
 
 def test_the_page_holds_all_there_is_to_say(summary: dict[str, Any]) -> None:
-    tags = Tags(html(context(summary, [PICTURE])))
+    tags = Tags(without_library(page_of(summary)))
     text = " ".join(" ".join(tags.text).split())
     for column in COLUMNS:
         assert column.heading in text
@@ -97,18 +119,37 @@ def test_the_page_holds_all_there_is_to_say(summary: dict[str, Any]) -> None:
         "name stdlib",
         "2 min 5 s",
         "batch_size 16",
-        "What it sh",
     ):
         assert said in text
-    (image,) = (attributes for tag, attributes in tags.found if tag == "img")
-    assert image["alt"] == "Training loss. What it shows."
+
+
+def test_the_data_of_the_page_come_back_as_they_were_whatever_they_hold() -> None:
+    data = {"label": EVIL, "close": "</script><!--", "x": [1, None, 0.5]}
+    tags = Tags(without_library(html(Texts("title", "", ""), data, live=2000)))
+    (text,) = (text for text in tags.text if text.startswith('{"live"'))
+    assert json.loads(text) == {"live": 2000, **data}
+
+
+def test_what_differs_between_the_runs_stands_in_page_and_markdown(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("plus", storage={"exp_avg_sq": "Expansion(n=2, format=None)"})
+    make_run("mixed", storage={"exp_avg_sq": "Rounded()"}, config={"note": EVIL})
+    runs = read_runs([tmp_path / "runs"])
+    entries = context(summarize(runs), (), differences(group_runs(runs)))
+    text = " ".join(" ".join(Tags(without_library(html(texts(entries), view([])))).text).split())
+    assert "storage exp_avg_sq Expansion(n=2, ) Rounded()" in text.replace("format=None", "")
+    assert "storage exp\\_avg\\_sq" in markdown(entries)
 
 
 @pytest.mark.parametrize("where", ["command", "name", "device"])
 def test_text_from_files_is_escaped_in_the_page(make_run: MakeRun, tmp_path: Path, where: str) -> None:
     make_run("plus", **{where: EVIL, "status": "failed"}, config={"data": EVIL}, corpus={"name": EVIL, "sha256": EVIL})
-    tags = Tags(html(context(summarize(read_runs([tmp_path / "runs"])), [])))
-    assert "script" not in {tag for tag, _ in tags.found}
+    runs = read_runs([tmp_path / "runs"])
+    groups = group_runs(runs)
+    page = html(texts(context(summarize(runs), (), differences(groups))), view(groups))
+    tags = Tags(without_library(page))
+    assert [attributes.get("type") for tag, attributes in tags.found if tag == "script"] == [
+        *("application/json", "text/plain", None, None),
+    ]
     assert EVIL in " ".join(tags.text)
 
 
@@ -141,14 +182,14 @@ def test_unfinished_failed_and_unlike_runs_are_warned_of(make_run: MakeRun, tmp_
         "plus-seed0 is interrupted at step 20 of 60; its figures are left out.",
         "plain-seed0 failed before its first step.",
     ]
-    page = html(context(summary, []))
+    page = page_of(summary)
     assert "Read this first" in page
     assert "Read this first" in markdown(context(summary, []))
 
 
 def test_with_nothing_to_warn_of_there_is_no_warning(summary: dict[str, Any]) -> None:
     assert warnings(summary) == []
-    assert "Read this first" not in html(context(summary, []))
+    assert "Read this first" not in page_of(summary)
 
 
 def test_a_single_run_is_no_comparison(make_run: MakeRun, tmp_path: Path) -> None:
@@ -160,7 +201,7 @@ def test_old_and_nearly_empty_files_make_a_page(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "run.json").write_text("{}")
     summary = summarize(read_runs([tmp_path / "old"]))
-    assert "no run finished (old unknown at step 0)." in html(context(summary, []))
+    assert "no run finished (old unknown at step 0)." in page_of(summary)
     assert "no run finished (old unknown at step 0)." in markdown(context(summary, []))
 
 
@@ -205,7 +246,7 @@ def test_runs_that_continue_say_from_where_how_exactly_and_at_what_learning_rate
         "All runs continue from step 300 of fp32-seed0 (strategy fp32, float32 weights, learning rate 0.001 at its "
         "peak), /runs/old/checkpoints/step-000300; learning rate from 0.0001 down to 1e-05, cosine."
     )
-    tags = Tags(html(entries))
+    tags = Tags(without_library(html(texts(entries), view([]))))
     assert tags.open == []
     text = " ".join(" ".join(tags.text).split())
     assert said in text
@@ -222,7 +263,8 @@ def test_runs_that_continue_say_from_where_how_exactly_and_at_what_learning_rate
 
 
 def test_runs_with_fresh_weights_have_no_such_table(summary: dict[str, Any]) -> None:
-    for shown in (html(context(summary, [])), markdown(context(summary, [])), printed(summary, 200)):
+    said = texts(context(summary))
+    for shown in (said.before + said.after, markdown(context(summary, [])), printed(summary, 200)):
         assert "Where the runs start" not in shown
         assert "continue" not in shown
 

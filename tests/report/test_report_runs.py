@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from collage.report.runs import in_step_order, number, read_compare, read_run, read_runs, run_directories
+from collage.report.runs import add_in_step_order, number, read_compare, read_run, read_runs, run_directories
 from collage.train.config import UserError
 
 MakeRun = Callable[..., Path]
@@ -39,7 +40,7 @@ def test_a_run_file_that_holds_next_to_nothing_is_read(tmp_path: Path) -> None:
     (tmp_path / "old" / "run.json").write_text("{}")
     run = read_run(tmp_path / "old")
     assert (run.name, run.strategy, run.seed, run.status) == ("old", "unknown", 0, "unknown")
-    assert run.metrics == ()
+    assert (run.metrics, run.audits) == ([], [])
     assert run.last_step == 0
     assert run.final("validation_loss") is None
     assert run.figure("peak_memory_bytes") is None
@@ -61,13 +62,15 @@ def test_a_null_figure_is_nan_in_a_series(make_run: MakeRun) -> None:
 
 def test_records_that_a_resumed_run_wrote_again_replace_the_first_ones() -> None:
     records = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 3, "loss": 3.0}, {"step": 2, "loss": 4.5}]
-    assert in_step_order(records) == ({"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.5})
+    kept: list[Mapping[str, Any]] = []
+    add_in_step_order(kept, records)
+    assert kept == [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.5}]
 
 
 @pytest.mark.parametrize("record", [{"loss": 1.0}, {"step": None}, 3])
 def test_a_record_without_a_step_is_an_error(record: object) -> None:
     with pytest.raises(UserError, match="object with a step"):
-        in_step_order([record])  # type: ignore[list-item]
+        add_in_step_order([], [record])  # type: ignore[list-item]
 
 
 def test_a_last_line_that_a_killed_run_left_unfinished_is_left_out(make_run: MakeRun) -> None:

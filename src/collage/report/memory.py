@@ -10,6 +10,8 @@ from collage.report.runs import section
 
 PARTS = ("weight", "gradient", "m", "v", "low parts, master copy")
 UNSPLIT = "all together"
+FILLS: dict[str, str] = dict(zip((*PARTS, UNSPLIT), ("blue", "orange", "green", "sky", "purple", "gray"), strict=True))
+"""The colour of each part, by its name in the palette."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

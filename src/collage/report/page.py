@@ -1,8 +1,9 @@
-"""The report as a page: report.html (one self-contained file) and report.md from a summary and its plots."""
+"""The report as text: report.html (one self-contained file), report.md and the tables on a terminal."""
 
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 from rich import box
 from rich.align import VerticalAlignMethod
 from rich.console import Console
@@ -18,30 +20,23 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from collage.report.differences import Difference
 from collage.report.wording import COLUMNS, START_COLUMNS, Column, cells, start_text, verdict
 
 _MARKDOWN_SIGNS = re.compile(r"([\\`*_\[\]<>|])")
 
 
+TEMPLATES = "collage.report"
+
+
 @dataclass(frozen=True)
 class Picture:
-    """A plot as PNG bytes for light and dark pages, with its file's stem, heading and caption."""
+    """A plot as PNG bytes, with its file's stem, heading and caption."""
 
     stem: str
     heading: str
     caption: str
-    light_png: bytes
-    dark_png: bytes
-
-    @property
-    def light(self) -> str:
-        """The light PNG in base64."""
-        return base64.b64encode(self.light_png).decode("ascii")
-
-    @property
-    def dark(self) -> str:
-        """The dark PNG in base64."""
-        return base64.b64encode(self.dark_png).decode("ascii")
+    png: bytes
 
 
 def _count(number: int, thing: str, things: str | None = None) -> str:
@@ -126,7 +121,9 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def context(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str, Any]:
+def context(
+    summary: Mapping[str, Any], pictures: Sequence[Picture] = (), differing: Sequence[Difference] = ()
+) -> dict[str, Any]:
     """What the templates show."""
     return {
         "title": _title(summary),
@@ -139,6 +136,8 @@ def context(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str
         "start_columns": START_COLUMNS,
         "start_rows": [cells(row, START_COLUMNS) for row in summary["strategies"]],
         "plots": pictures,
+        "labels": [row["label"] for row in summary["strategies"]],
+        "differing": differing,
         "commands": (summary["command"] or "").splitlines(),
         "origin": _origin(summary),
         "settings": {name: _text(value) for name, value in summary["config"].items()},
@@ -150,23 +149,65 @@ def _markdown(value: object) -> object:
     return _MARKDOWN_SIGNS.sub(r"\\\1", " ".join(value.split())) if isinstance(value, str) else value
 
 
-def _render(template: str, entries: Mapping[str, Any], environment: Environment) -> str:
-    source = resources.files("collage.report").joinpath(template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(entries)
+def _source(name: str) -> str:
+    return resources.files(TEMPLATES).joinpath(name).read_text(encoding="utf-8")
 
 
-def html(entries: Mapping[str, Any]) -> str:
-    """The page report.html; every text is escaped."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return _render("report.html.j2", entries, environment)
+def _environment(**settings: Any) -> Environment:
+    return Environment(
+        loader=FunctionLoader(_source), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **settings
+    )
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The page's texts as HTML, every text from a file escaped: what is read before the plots, and after them."""
+
+    title: str
+    before: str
+    after: str
+
+
+def texts(entries: Mapping[str, Any]) -> Texts:
+    """The texts of the page for a context."""
+    environment = _environment(autoescape=True)
+    before, after = (environment.get_template(f"{name}.html.j2").render(entries) for name in ("before", "after"))
+    return Texts(entries["title"], before, after)
+
+
+def html(texts: Texts, data: Mapping[str, Any], *, live: int | None = None) -> str:
+    """The page: texts, plots and what draws them in one file.
+
+    Args:
+        texts: as HTML.
+        data: of `collage.report.view.view`.
+        live: milliseconds between questions for new records, to the server that the page came from; None: a page
+            that stays as it is.
+    """
+    from plotly.offline import get_plotlyjs
+
+    # Packed it is 2 MB instead of 5; with a fixed time the same files make the same page.
+    library = base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode("ascii")
+    page = _environment(autoescape=True).get_template("report.html.j2")
+    return page.render(
+        title=texts.title,
+        before=Markup(texts.before),
+        after=Markup(texts.after),
+        style=Markup(_source("page.css")),
+        scripts=[Markup(_source(name)) for name in ("charts.js", "page.js")],
+        library=library,
+        data=Markup(script_json({"live": live, **data})),
+    )
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand in a script element, whatever its texts hold."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def markdown(entries: Mapping[str, Any]) -> str:
     """The page report.md; its pictures are the files in plots/."""
-    environment = Environment(
-        autoescape=False, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_markdown
-    )
-    return _render("report.md.j2", entries, environment)
+    return _environment(autoescape=False, finalize=_markdown).get_template("report.md.j2").render(entries)
 
 
 # ---- the terminal ---------------------------------------------------------------------------------------------------

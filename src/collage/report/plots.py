@@ -15,10 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from collage.report.groups import BASELINE, Group, baseline_of
-from collage.report.memory import PARTS, UNSPLIT, group_split
-from collage.report.stats import Curve, difference_curve, group_curve, mean, paired_difference, spread
+from collage.report.memory import FILLS, group_split
+from collage.report.stats import Curve, difference_curve, group_curve
 from collage.report.style import DPI, WIDTH, Line, Theme, lines
-from collage.report.wording import plain, signed, with_spread
+from collage.report.validation import Points, validation_points
+from collage.report.wording import plain
 
 MARKS = 8
 """Marks along a curve; those of different groups stand at different places, so that none hides another."""
@@ -140,34 +141,7 @@ def _times(curve: Curve, factor: float) -> Curve:
     return Curve(curve.steps, mean_, low, high, curve.seeds)
 
 
-@dataclass(frozen=True)
-class _Points:
-    label: str
-    look: Line
-    values: tuple[float, ...]
-    text: str
-
-
-def _validation_points(looks: Looks) -> tuple[list[_Points], bool]:
-    """The points of each group, and whether they are differences from the baseline."""
-    groups = [group for group, _ in looks]
-    points = []
-    for group, look in looks:
-        baseline = baseline_of(group, groups)
-        difference = paired_difference(group, baseline) if baseline else None
-        if difference:
-            text = signed(difference.mean, difference.spread)
-            points.append(_Points(group.label, look, difference.values, text))
-    if points:
-        return points, True
-    for group, look in looks:
-        values = tuple(v for run in group.finished if (v := run.final("validation_loss")) is not None)
-        if values:
-            points.append(_Points(group.label, look, values, with_spread(mean(values), spread(values))))
-    return points, False
-
-
-def _close(points: list[_Points]) -> list[_Points]:
+def _close(points: Sequence[Points]) -> list[Points]:
     """The groups that lie so near zero, beside one far off, that they need a panel of their own."""
     reach = [max(map(abs, each.values)) for each in points]
     near = [each for each, own in zip(points, reach, strict=True) if own < 0.2 * max(reach)]
@@ -179,7 +153,7 @@ def draw_validation(looks: Looks) -> Figure | None:
 
     Groups whose difference is small beside the largest one are shown again below, enlarged.
     """
-    points, differences = _validation_points(looks)
+    points, differences = validation_points([group for group, _ in looks])
     if not points:
         return None
     rows = [points, _close(points)] if differences else [points]
@@ -188,7 +162,7 @@ def draw_validation(looks: Looks) -> Figure | None:
     panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=[0.4 + len(row) for row in rows])[:, 0]
     ink = next((look.colour for group, look in looks if group.strategy == BASELINE), "gray")
     for axes, row in zip(panels, rows, strict=True):
-        _draw_panel(axes, row)
+        _draw_panel(axes, row, {group.label: look for group, look in looks})
         if differences:
             axes.axvline(0.0, color=ink, linewidth=2.2, zorder=2.5)
     what = f"validation loss minus {BASELINE}" if differences else "validation loss"
@@ -196,25 +170,25 @@ def draw_validation(looks: Looks) -> Figure | None:
     return figure
 
 
-def _draw_panel(axes: Axes, points: Sequence[_Points]) -> None:
+def _draw_panel(axes: Axes, points: Sequence[Points], looks: Mapping[str, Line]) -> None:
     for y, each in enumerate(points):
-        _draw_points(axes, float(y), each)
-    axes.set_yticks(range(len(points)), [each.label for each in points])
+        _draw_points(axes, float(y), each, looks[each.group.label])
+    axes.set_yticks(range(len(points)), [each.group.label for each in points])
     axes.set_ylim(len(points) - 0.5, -0.5)
     axes.margins(x=0.08)
     _tidy(axes, "", steps=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
 
 
-def _draw_points(axes: Axes, y: float, points: _Points) -> None:
-    colour, centre, reach = points.look.colour, mean(points.values), spread(points.values)
+def _draw_points(axes: Axes, y: float, points: Points, look: Line) -> None:
+    colour, centre, reach = look.colour, points.mean, points.spread
     if reach is not None and centre is not None:
         axes.errorbar(centre, y, xerr=reach, color=colour, capsize=5, linewidth=2, marker="|", markersize=16, zorder=3)
     axes.plot(
         points.values,
         [y] * len(points.values),
         linestyle="none",
-        marker=points.look.marker,
+        marker=look.marker,
         markersize=7,
         markerfacecolor="none" if reach is not None else colour,
         markeredgecolor=colour,
@@ -233,14 +207,11 @@ def draw_memory(looks: Looks, theme: Theme) -> Figure | None:
         return None
     figure = _figure(1.2 + 0.42 * len(splits))
     axes = figure.subplots()
-    fills: dict[str, str] = dict(
-        zip((*PARTS, UNSPLIT), ("blue", "orange", "green", "sky", "purple", "gray"), strict=True)
-    )
-    used = [part for part in fills if any(parts.get(part) for _, parts in splits)]
+    used = [part for part in FILLS if any(parts.get(part) for _, parts in splits)]
     for y, (_, parts) in enumerate(splits):
-        _draw_bar(axes, y, {part: (parts.get(part, 0.0), theme.palette[fills[part]]) for part in used}, theme)
+        _draw_bar(axes, y, {part: (parts.get(part, 0.0), theme.palette[FILLS[part]]) for part in used}, theme)
     for part in used:
-        axes.barh([0], [0], color=theme.palette[fills[part]], label=part)
+        axes.barh([0], [0], color=theme.palette[FILLS[part]], label=part)
     axes.set_yticks(range(len(splits)), [label for label, _ in splits])
     axes.set_ylim(len(splits) - 0.5, -0.5)
     axes.margins(x=0.1)

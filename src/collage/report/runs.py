@@ -1,4 +1,4 @@
-"""Reading what runs left behind: `run.json`, `metrics.jsonl` and `compare.json`.
+"""Reading what runs left behind: `run.json`, `metrics.jsonl`, `audit.jsonl` and `compare.json`.
 
 Files of any age are read: a field that a file does not have is None, and nothing here insists on more than a
 `run.json` that is a JSON object.
@@ -7,14 +7,14 @@ Files of any age are read: a field that a file does not have is None, and nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from collage.train.compare import COMPARE_FILE, METRICS_FILE, RUN_FILE, read_json
 from collage.train.config import UserError
-from collage.train.runfiles import read_metrics
+from collage.train.runfiles import AUDIT_FILE, read_metrics
 
 
 def number(value: object) -> float | None:
@@ -32,11 +32,15 @@ def section(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory: the record of `run.json` and the records of `metrics.jsonl` in step order."""
+    """One run directory: the record of `run.json`, and those of `metrics.jsonl` and `audit.jsonl` in step order.
+
+    Runs from before there was an `audit.jsonl` have no audits.
+    """
 
     path: Path
     record: Mapping[str, Any]
-    metrics: tuple[Mapping[str, Any], ...] = ()
+    metrics: Sequence[Mapping[str, Any]] = ()
+    audits: Sequence[Mapping[str, Any]] = ()
 
     @property
     def name(self) -> str:
@@ -87,26 +91,30 @@ class Run:
         return {step: math.nan if value is None else value for step, value in values}
 
 
-def in_step_order(records: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """`records` with rising steps: a run that was resumed writes some again, and the later record counts.
+def add_in_step_order(kept: list[Mapping[str, Any]], records: Iterable[Mapping[str, Any]]) -> None:
+    """Add `records` to `kept` so that steps rise: a resumed run writes some again, and the later record counts.
 
     Raises:
         UserError: a record has no step.
     """
-    kept: list[Mapping[str, Any]] = []
     for record in records:
         if not isinstance(record, Mapping) or number(record.get("step")) is None:
-            raise UserError(f"a record of {METRICS_FILE} must be an object with a step, got {record!r}")
+            raise UserError(f"a record of {METRICS_FILE} or {AUDIT_FILE} must be an object with a step, got {record!r}")
         while kept and kept[-1]["step"] >= record["step"]:
             kept.pop()
         kept.append(record)
-    return tuple(kept)
+
+
+def _read_records(file: Path) -> list[Mapping[str, Any]]:
+    kept: list[Mapping[str, Any]] = []
+    add_in_step_order(kept, read_metrics(file))
+    return kept
 
 
 def read_run(directory: Path) -> Run:
     """The run in `directory`. Raises UserError if its `run.json` cannot be read."""
     record = read_json(directory / RUN_FILE)
-    return Run(directory, record, in_step_order(read_metrics(directory / METRICS_FILE)))
+    return Run(directory, record, *(_read_records(directory / name) for name in (METRICS_FILE, AUDIT_FILE)))
 
 
 def read_compare(directory: Path) -> dict[str, Any] | None:
@@ -115,13 +123,18 @@ def read_compare(directory: Path) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def run_directories(directory: Path) -> list[Path]:
-    """`directory` itself if it is a run's, else the run directories right below it, sorted by name."""
+def found_runs(directory: Path) -> list[Path]:
+    """`directory` itself if it is a run's, else the run directories right below it, sorted by name; maybe none."""
     if (directory / RUN_FILE).is_file():
         return [directory]
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give run or compare directories")
-    found = sorted(file.parent for file in directory.glob(f"*/{RUN_FILE}"))
+    return sorted(file.parent for file in directory.glob(f"*/{RUN_FILE}"))
+
+
+def run_directories(directory: Path) -> list[Path]:
+    """As `found_runs`; a directory without runs is an error."""
+    found = found_runs(directory)
     if not found:
         raise UserError(
             f"no run files in {directory}: looked for {RUN_FILE} there and one folder below; "

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collage.report.groups import group_runs
-from collage.report.page import Picture, context, html, markdown
+from collage.report.differences import differences
+from collage.report.groups import Group, group_runs
+from collage.report.page import Picture, context, html, markdown, texts
 from collage.report.plots import PLOTS, render
 from collage.report.runs import COMPARE_FILE, Run, read_compare, read_runs
-from collage.report.style import DARK, LIGHT
+from collage.report.style import LIGHT
 from collage.report.summary import data, summarize
+from collage.report.view import view
 from collage.train.runfiles import write_json, write_text
 
 CARRIED = ("jobs", "wall_time_s", "failed")
@@ -29,24 +31,21 @@ class Report:
     plots: tuple[Path, ...]
 
 
-def _pictures(runs: Sequence[Run]) -> list[Picture]:
-    groups, pictures = group_runs(runs), []
-    for plot in PLOTS:
-        light, dark = (render(plot, groups, theme) for theme in (LIGHT, DARK))
-        if light is not None and dark is not None:
-            pictures.append(Picture(plot.stem, plot.heading, plot.caption, light, dark))
-    return pictures
+def _pictures(groups: Sequence[Group]) -> list[Picture]:
+    drawn = [(plot, render(plot, groups, LIGHT)) for plot in PLOTS]
+    return [Picture(plot.stem, plot.heading, plot.caption, png) for plot, png in drawn if png is not None]
 
 
 def write_report(runs: Sequence[Run], summary: Mapping[str, Any], out: Path) -> Report:
     """Write OUT/report.html, OUT/report.md and OUT/plots/*.png."""
-    pictures = _pictures(runs)
-    entries = context(summary, pictures)
+    groups = group_runs(runs)
+    pictures = _pictures(groups)
+    entries = context(summary, pictures, differences(groups))
     folder = out / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        (folder / f"{picture.stem}.png").write_bytes(picture.light_png)
-    write_text(out / "report.html", html(entries))
+        (folder / f"{picture.stem}.png").write_bytes(picture.png)
+    write_text(out / "report.html", html(texts(entries), view(groups)))
     write_text(out / "report.md", markdown(entries))
     plots = tuple(folder / f"{picture.stem}.png" for picture in pictures)
     return Report(summary, out / "report.html", out / "report.md", plots)
@@ -61,6 +60,13 @@ def _commands(directories: Sequence[Path], runs: Sequence[Run]) -> str | None:
     return "\n".join(dict.fromkeys(str(command) for command in commands if command)) or None
 
 
+def summary_of(directories: Sequence[Path], runs: Sequence[Run]) -> dict[str, Any]:
+    """The summary of runs that were read from `directories`, with what only a compare.json there holds."""
+    compared = read_compare(directories[0]) if len(directories) == 1 else None
+    extra = {key: compared[key] for key in CARRIED if compared and key in compared}
+    return summarize(runs, command=_commands(directories, runs), **extra)
+
+
 def report_on(directories: Sequence[Path], out: Path | None = None) -> Report:
     """Read run and compare directories and write their report to `out`, by default the first of them.
 
@@ -68,10 +74,7 @@ def report_on(directories: Sequence[Path], out: Path | None = None) -> Report:
         UserError: no run files, unreadable ones, or the same run twice.
     """
     runs = read_runs(directories)
-    compared = read_compare(directories[0]) if len(directories) == 1 else None
-    extra = {key: compared[key] for key in CARRIED if compared and key in compared}
-    summary = summarize(runs, command=_commands(directories, runs), **extra)
-    return write_report(runs, summary, out or directories[0])
+    return write_report(runs, summary_of(directories, runs), out or directories[0])
 
 
 def report_on_compare(out: Path, **entries: Any) -> Report:

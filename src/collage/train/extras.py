@@ -10,7 +10,7 @@ EXTRAS = {
     "train": ("accelerate", "numpy", "rich", "safetensors", "tokenizers", "transformers"),
     "bench": ("rich",),
     "data": ("datasets", "pyarrow", "zstandard"),
-    "report": ("jinja2", "matplotlib", "rich"),
+    "report": ("jinja2", "matplotlib", "plotly", "rich"),
 }
 """The packages that each extra brings, by the name they are imported with."""
 

@@ -1,4 +1,4 @@
-"""The files of a run: run.json (what it was and how it ended), metrics.jsonl (a record per step), audit.jsonl."""
+"""The files of a run: run.json (what it was and how it ended), metrics.jsonl and audit.jsonl (records of its steps)."""
 
 from __future__ import annotations
 
