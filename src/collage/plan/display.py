@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from collage.bench.columns import Column, Row
 from collage.report.wording import MISSING
 
 
@@ -25,22 +26,34 @@ def size(count: float | None) -> str:
 
 def show(result: Mapping[str, Any], console: Console) -> None:
     """The table, what is not planned, and what fits with the strategy asked for."""
-    say = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     say(_title(result))
     rows = [row for row in result["strategies"] if row["reason"] is None]
     if result["shards"] > 1 and rows:
-        asked = next((row for row in rows if row["strategy"] == result["strategy"]), rows[0])
-        around = asked["gathered_bytes"]
-        say(
-            "in the peak, beside its shard, a device holds what FSDP2 has gathered: embeddings and head, the block at "
-            "work and the next one, in the backward whole gradients of these and of one block: "
-            f"{size(around['forward'])}, {size(around['backward'])}"
-        )
-    console.print(_table(result, rows))
+        say(_gathered(next((row for row in rows if row["strategy"] == result["strategy"]), rows[0])))
+    table = _table(result, rows, narrow=False)
+    fits = console.measure(table, options=console.options.update(width=1000)).maximum <= console.width
+    console.print(table if fits else _table(result, rows, narrow=True))
+    say(
+        "bytes on each device; kept: what the forward leaves to the backward; ckpt: each block recomputed in the "
+        f"backward; largest: the micro-batch that fits into {size(result['memory_bytes'])}"
+    )
     for row in result["strategies"]:
         if row["reason"]:
             say(f"not planned: {row['strategy']}: {row['reason']}")
     say(_verdict(result))
+
+
+def _gathered(row: Mapping[str, Any]) -> str:
+    around = row["gathered_bytes"]
+    return (
+        "in the peak, beside its shard, a device holds what FSDP2 has gathered: embeddings and head, the block at "
+        "work and the next one, and in the backward whole gradients of embeddings, head and one block: "
+        f"{size(around['forward'])} in the forward, {size(around['backward'])} in the backward"
+    )
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -55,29 +68,39 @@ def _title(result: Mapping[str, Any]) -> str:
     )
 
 
-def _table(result: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> Table:
+def _table(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, narrow: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [column for column in _COLUMNS if not (narrow and column.wide)]
     table.add_column("strategy", no_wrap=True)
-    headings = ["B/param", "weights", "gradients", "states"]
-    headings += ["kept", "peak", "largest", "kept ckpt", "peak ckpt", "largest ckpt"]
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    for column in columns:
+        table.add_column(column.heading, justify="right", no_wrap=True)
     for row in rows:
         asked = row["strategy"] == result["strategy"]
-        cells = [f"{row['bytes_per_param']:.3g}"]
-        cells += [size(row[f"{part}_bytes"]) for part in ("params", "gradients", "states")]
-        for key in ("without_checkpointing", "with_checkpointing"):
-            part = row[key]
-            cells += [size(part["activations_bytes"]), size(part["peak_bytes"]), f"{part['max_micro_batch']:,}"]
-        table.add_row(
-            f"> {row['strategy']}" if asked else f"  {row['strategy']}", *cells, style="bold" if asked else ""
-        )
-    table.caption = (
-        "bytes on each device; kept: what the forward leaves to the backward; ckpt: each block recomputed in the "
-        f"backward; largest: the micro-batch that fits into {size(result['memory_bytes'])}"
-    )
-    table.caption_justify = "left"
+        name = f"> {row['strategy']}" if asked else f"  {row['strategy']}"
+        table.add_row(name, *(column.show(row) for column in columns), style="bold" if asked else "")
     return table
+
+
+def _cell(heading: str, key: str, part: str | None = None, wide: bool = False) -> Column:
+    def show(row: Row) -> str:
+        value = (row[part] if part else row)[key]
+        return f"{value:,}" if key == "max_micro_batch" else size(value)
+
+    return Column(heading, key, show, wide)
+
+
+_COLUMNS = (
+    Column("B/param", "bytes_per_param", lambda row: f"{row['bytes_per_param']:.3g}"),
+    _cell("weights", "params_bytes", wide=True),
+    _cell("gradients", "gradients_bytes", wide=True),
+    _cell("states", "states_bytes"),
+    _cell("kept", "activations_bytes", "without_checkpointing", wide=True),
+    _cell("peak", "peak_bytes", "without_checkpointing"),
+    _cell("largest", "max_micro_batch", "without_checkpointing"),
+    _cell("kept ckpt", "activations_bytes", "with_checkpointing", wide=True),
+    _cell("peak ckpt", "peak_bytes", "with_checkpointing"),
+    _cell("largest ckpt", "max_micro_batch", "with_checkpointing"),
+)
 
 
 def _verdict(result: Mapping[str, Any]) -> str:

@@ -99,7 +99,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for each in tree_leaves(made):
+        if func is torch.ops.prim.device.default:  # asked by autograd of every fake tensor
+            return made
+        for each in [made] if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(each, Tensor):
                 self._count(each.untyped_storage())
         self.events.append(self.live)
