@@ -29,7 +29,7 @@ from collage.report.view import view
 pytestmark = pytest.mark.browser
 
 MakeRun = Callable[..., Path]
-FLAGS = [
+FLAGS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -38,7 +38,7 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-]
+)
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 STRATEGIES = ("plain", "plus", "mixed")
 MS = 60_000
@@ -55,7 +55,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         pytest.fail(f"found none of {', '.join(NAMES)}; remedy: apt-get install chromium, or CHROMIUM=/path/to/it")
     with sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"), executable_path=found, args=FLAGS, headless=True
+            tmp_path_factory.mktemp("profile"), executable_path=found, args=list(FLAGS), headless=True
         )
         yield context
         context.close()
