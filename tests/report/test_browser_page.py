@@ -201,10 +201,10 @@ def test_the_keyboard_reaches_and_moves_the_switches(page: Any) -> None:
 
 
 def test_a_module_is_shown_alone(page: Any) -> None:
-    page.get_by_label("Module").select_option("model.layers.0.norm")
+    page.locator("#module").select_option("model.layers.0.norm")
     lost = traces(page, "lost")["plain"]
     assert lost["y"] == pytest.approx([0.75 * 0.83 * step / 60 for step in lost["x"]], abs=1e-4)
-    page.get_by_label("Module").select_option("head")
+    page.locator("#module").select_option("head")
     assert set(traces(page, "edq")["plain"]["y"]) == {1}
     page.locator("#lost-figure").select_option("v_lost_fraction")  # which the runs have in total, but null by module
     assert note(page, "lost") == "Nothing was recorded."
@@ -316,7 +316,7 @@ def test_runs_of_any_age_are_shown_and_what_they_lack_is_said(
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "run.json").write_text("{}")
     with opened(browser, write_page(tmp_path)) as page:
-        assert page.get_by_label("Module").is_disabled()
+        assert page.locator("#module").is_disabled()
         assert page.locator("#module-note").inner_text() == "(no figures by module in these runs)"
         assert "audit.jsonl" in note(page, "modules")
         assert "None of these runs" in note(page, "histogram")
@@ -368,7 +368,7 @@ def test_a_page_that_is_watched_shows_new_records_and_runs_and_keeps_its_switche
         run_writer(tmp_path, "plain", status="running", final=None, last=20, audited=True)
         page.wait_for_function("document.getElementById('plot-loss').data?.length === 4")
         page.get_by_label("plain", exact=True).uncheck()
-        page.get_by_label("Module").select_option("head")
+        page.locator("#module").select_option("head")
         page.evaluate("window.kept = true")
 
         with (run / "metrics.jsonl").open("a") as file:
