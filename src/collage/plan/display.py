@@ -97,9 +97,9 @@ _COLUMNS = (
     _cell("kept", "activations_bytes", "without_checkpointing", wide=True),
     _cell("peak", "peak_bytes", "without_checkpointing"),
     _cell("largest", "max_micro_batch", "without_checkpointing"),
-    _cell("kept ckpt", "activations_bytes", "with_checkpointing", wide=True),
-    _cell("peak ckpt", "peak_bytes", "with_checkpointing"),
-    _cell("largest ckpt", "max_micro_batch", "with_checkpointing"),
+    _cell("kept\nckpt", "activations_bytes", "with_checkpointing", wide=True),
+    _cell("peak\nckpt", "peak_bytes", "with_checkpointing"),
+    _cell("largest\nckpt", "max_micro_batch", "with_checkpointing"),
 )
 
 
