@@ -274,6 +274,25 @@ def recipes(
 
 
 @app.command()
+def merge(
+    checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-000300 of a run with --fsdp.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """Make a sharded checkpoint one of whole files: model.safetensors, which transformers loads, and the optimizer.
+
+    Needs memory for the whole checkpoint. To resume, or to continue with --from, no merging is needed.
+    """
+    need("train")
+    from collage.train import checkpoints
+
+    try:
+        checkpoints.merge(checkpoint, out)
+    except OSError as error:
+        raise RunFailed(f"the merged checkpoint can't be written to {out}: {error}") from error
+    typer.echo(f"merged {checkpoint} into {out}")
+
+
+@app.command()
 def report(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Folders that `collage train` or `collage compare` wrote.")

@@ -58,6 +58,7 @@ def copied(sources: Sequence[Path], out: Path) -> None:
             processes.local(tensor.detach()).zero_()
         saves.wait()
     whole_norm(accelerator)
+    reduced(accelerator)
     # Nothing of a checkpoint with other dtypes is loaded: the tensors stay at zero.
     wanted = sharded.tensors(model, optimizer)
     name = list(wanted)[-1]
@@ -77,6 +78,22 @@ def whole_norm(accelerator: Any) -> None:
     part.grad = dist.tensor.distribute_tensor(param.grad, mesh, [dist.tensor.Shard(0)])
     assert processes.gradient_norm([param], accelerator) == 257
     assert processes.gradient_norm([part], accelerator) == pytest.approx(257, rel=1e-6)
+
+
+def reduced(accelerator: Any) -> None:
+    """Of (768 + 3 + 3) / 3 bfloat16 loses the small ones if it begins with the large one, which float32 doesn't."""
+    x = torch.full((1, 3), 3.0, dtype=torch.bfloat16)
+    x[0, dist.get_rank()] = 768.0
+    for dtype in ("model", "float32"):
+        for shards in (False, True):
+            model = collage.to_low_precision(torch.nn.Linear(3, 1, bias=False))
+            if shards:
+                processes.shard(model, torch.device("cpu"), 3, dtype)
+            (model if shards else processes.replicate(model, accelerator, dtype))(x).sum().backward()
+            assert model.weight.grad is not None
+            grad: Any = model.weight.grad
+            mean = grad.full_tensor() if shards else grad
+            assert bool((mean == 258.0).all()) == (dtype == "float32"), (dtype, shards, mean)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from collage.train import checkpoints, loop, processes, runfiles
+from collage.train.checkpoints import merge
 from collage.train.config import TrainConfig, UserError
 from collage.train.loop import train
 
@@ -29,8 +31,8 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_proce
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
+def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, env=ENVIRONMENT, cwd=cwd)
 
 
 @pytest.fixture
@@ -93,9 +95,19 @@ def test_a_sharded_run_equals_one_process_and_goes_on_with_any_number(config: Tr
     for out in (one, two):
         train(runfiles.resume_config(out, {"steps": 8}), out, resume=True)
     assert contents(two / "checkpoints/step-000008") == contents(one / "checkpoints/step-000008")
+    merge(last[1], tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(last[0])
+    assert not checkpoints.missing_files(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in checkpoints.read(last[0], "").weights.items())
+    with pytest.raises(UserError, match=r"must be a new one, got .*merged, which exists"):
+        merge(last[1], tmp_path / "merged")
+
     lost = sorted(last[1].glob("shard-*"))[0]
     lost.unlink()
     assert checkpoints.missing_files(last[1]) == [lost.name]
+    with pytest.raises(UserError, match=rf"whole checkpoint is wanted, got .*, which lacks {lost.name}"):
+        merge(last[1], tmp_path / "other")
 
 
 def test_processes_that_die_cost_the_steps_since_the_last_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
@@ -107,6 +119,7 @@ def test_processes_that_die_cost_the_steps_since_the_last_checkpoint(config: Tra
 
     done = run(*TORCHRUN, 2, WORKER, "step", 4, *arguments, out)
     assert done.returncode != 0
+    assert "collage: another of the 2 processes has died in step 4" in done.stderr
     assert os.listdir(out / "checkpoints") == ["step-000002"]
     done = run(*TORCHRUN, 2, WORKER, "save", 0, *arguments, out, "--resume")
     assert done.returncode != 0
@@ -122,6 +135,14 @@ def test_processes_that_die_cost_the_steps_since_the_last_checkpoint(config: Tra
     train(config, whole)
     assert records(out, "step", "loss", "lost_fraction") == records(whole, "step", "loss", "lost_fraction")
     assert contents(out / "checkpoints/step-000006") == contents(whole / "checkpoints/step-000006")
+
+
+def test_the_loop_of_the_page_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/distributed.md").read_text(encoding="utf-8")
+    (tmp_path / "loop.py").write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    done = run(*TORCHRUN, 2, "loop.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoint/.metadata").is_file()
 
 
 def test_the_model_is_sharded_by_its_outermost_blocks() -> None:

@@ -69,7 +69,7 @@ def _title(result: Mapping[str, Any]) -> str:
 
 
 def _table(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, narrow: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     columns = [column for column in _COLUMNS if not (narrow and column.wide)]
     table.add_column("strategy", no_wrap=True)
     for column in columns:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,18 +102,46 @@ def make_aside(folder: Path, step: int) -> Path:
 
 def commit(aside: Path, keep: int) -> Path:
     """Bring a folder of `make_aside` to the disk and give it its final name; then remove all but the newest `keep`."""
-    for path in aside.iterdir():
-        _to_disk(path)
-    _to_disk(aside)
     folder, target = aside.parent, aside.with_name(aside.name.removeprefix("."))
     # Only a folder that isn't whole can stand there under another content: steps replayed have the same bits.
     if target.exists():
         shutil.rmtree(target)
-    aside.rename(target)
-    _to_disk(folder)
+    _rename(aside, target)
     for old in set(_numbered(folder)) - set(_complete(folder)[-keep:]):
         shutil.rmtree(old)
     return target
+
+
+def _rename(aside: Path, target: Path) -> None:
+    for path in aside.iterdir():
+        _to_disk(path)
+    _to_disk(aside)
+    aside.rename(target)
+    _to_disk(target.parent)
+
+
+def merge(path: Path, out: Path) -> None:
+    """Write a checkpoint, sharded or not, to the new folder `out` in the files of one that isn't sharded.
+
+    Raises:
+        UserError: `path` is no whole checkpoint, or `out` exists.
+        OSError: `out` can't be written to; nothing is left of it.
+    """
+    missing = missing_files(path)
+    if missing:
+        raise UserError(f"the folder of a whole checkpoint is wanted, got {path}, which lacks {', '.join(missing[:3])}")
+    if out.exists():
+        raise UserError(f"the merged checkpoint's folder must be a new one, got {out}, which exists; name another")
+    saved = read(path, "take another checkpoint")
+    model_json = (path / "config.json").read_text(encoding="utf-8")
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        trainer = {key: value for key, value in saved.trainer.items() if key != "shards"}
+        write(aside, replace(saved, trainer=trainer), model_json)
+        _rename(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def whole(progress: Progress, config: TrainConfig, model: PreTrainedModel, optimizer: Optimizer) -> Saved:

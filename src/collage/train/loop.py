@@ -171,8 +171,14 @@ class _Run:
         except KeyboardInterrupt:
             self._finish("interrupted")
             raise
-        except BaseException:
+        except BaseException as error:
             self._finish("failed")
+            if self.processes > 1 and processes.peer_died(error):
+                raise RunFailed(
+                    f"another of the {self.processes} processes has died in step {self.step + 1} or the save before "
+                    f"it; its own output says why. Go on from the last checkpoint, with any number of processes: "
+                    f"collage train --out {self.out} --resume"
+                ) from error
             raise
         finally:
             if isinstance(self.objective.training, Stream):

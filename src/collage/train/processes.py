@@ -100,3 +100,9 @@ def gradient_norm(parameters: Sequence[Tensor], accelerator: Accelerator) -> Ten
         return norm
     everywhere: Any = accelerator.gather(norm.reshape(1))
     return torch.linalg.vector_norm(everywhere)
+
+
+def peer_died(error: BaseException) -> bool:
+    """Whether an error says that another process is gone: NCCL's and the like, or gloo's, which is of no class of its
+    own."""
+    return isinstance(error, dist.DistBackendError) or "by peer" in str(error)
