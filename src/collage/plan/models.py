@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 VOCABULARIES = {"gpt": 50257, "bert": 30522, "roberta": 50265, "llama": 32000}
 """Tokens of the published tokenizers, by the beginning of a model's name: GPT-2 BPE, BERT WordPiece and so on."""
+MASKED_SHARE = 0.15
+"""Of the tokens of an encoder's sequence, as :mod:`collage.train.objectives` masks them."""
 SEQ, SHORT_SEQ = 2048, 512
 """Tokens of a sequence where none are given: of decoders, of BERT and its kin."""
 FAMILIES = {"gpt": "GPTNeoXConfig", "llama": "LlamaConfig", "bert": "BertConfig"}
@@ -111,13 +113,24 @@ class Subject:
         return torch.zeros(batch, self.seq_len + 1, dtype=torch.long)
 
     def loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy of every token, in float32 from the logits on, as in training."""
+        """Mean cross-entropy of the next tokens, or of as many as training masks; in float32 from the logits on."""
         found = model(input_ids=tokens[:, :-1])
         logits = found["logits" if "logits" in found else "prediction_logits"]
         pairs = found.get("seq_relationship_logits")  # which of two sentences follows which
         del found
-        loss = cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-        return loss if pairs is None else loss + cross_entropy(pairs.float(), tokens[:, 0])
+        logits, labels = logits.flatten(0, 1), tokens[:, 1:].flatten()
+        if _predicts_masked(self.config):
+            places = torch.arange(len(tokens) * round(MASKED_SHARE * self.seq_len), device=tokens.device)
+            logits, labels = logits.index_select(0, places), labels[: len(places)]
+        loss = cross_entropy(logits.float(), labels)
+        return loss if pairs is None else loss + cross_entropy(pairs.float(), tokens[:, 0].clamp(max=1))
+
+
+def _predicts_masked(config: PretrainedConfig) -> bool:
+    """Whether it is an encoder, which is trained on masked tokens."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def _model_class(config: PretrainedConfig) -> Any:
@@ -128,8 +141,7 @@ def _model_class(config: PretrainedConfig) -> Any:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    mapping = MODEL_FOR_MASKED_LM_MAPPING if encoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    mapping = MODEL_FOR_MASKED_LM_MAPPING if _predicts_masked(config) else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in mapping:
         raise UserError(f"models of type {config.model_type!r} predict no tokens, so there is no training to plan")
     return mapping[type(config)]
@@ -163,7 +175,9 @@ def named(name: str, seq_len: int, vocab: int | None = None) -> Subject:
             f"its folder), got {name!r}; or give --hidden, --layers, --heads and --vocab"
         )
     tokens = vocab or VOCABULARIES.get(name.partition("-")[0], VOCABULARIES["gpt"])
-    return _checked(Subject(name, model_config(name, tokens, seq_len), seq_len))
+    config = model_config(name, tokens, seq_len)
+    config.architectures = [MODELS[name].family.model]
+    return _checked(Subject(name, config, seq_len))
 
 
 def from_file(path: Path, seq_len: int | None) -> Subject:

@@ -67,8 +67,8 @@ def subject(model: str | None, shape: dict[str, int | str | None], seq: int | No
         return from_file(path, seq)
     if vocab is not None and int(vocab) < 1:
         raise UserError(f"--vocab must be >= 1, got {vocab}")
-    usual = SHORT_SEQ if model.startswith(("bert", "roberta")) else SEQ
-    return named(model, seq or usual, None if vocab is None else int(vocab))
+    positions = MODELS[model].positions if model in MODELS else None
+    return named(model, seq or positions or SEQ, None if vocab is None else int(vocab))
 
 
 def settings(
