@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypedDict
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from collage.metrics.records import Record, record_of
+from collage.metrics.schedules import learning_rates
+from collage.metrics.verdict import Facts, forecast, verdict
 from collage.metrics.watch import Row, Rows, Watch
 from collage.optim import AdamW, StepRow
+from collage.optim.strategies import LOW_PRECISION, layout_of, resolve
 
 
 class Report(TypedDict):
@@ -46,6 +49,7 @@ class Audit:
         self._optimizers = optimizers
         self._names = {} if model is None else {id(param): name for name, param in model.named_parameters()}
         self._rows: list[list[Row]] = [[] for _ in optimizers]
+        self._lr: float | Tensor = 0.0
         self._own = {index: _Own(self, index) for index, each in enumerate(optimizers) if isinstance(each, AdamW)}
         for index, own in self._own.items():
             optimizers[index].add_observer(own)
@@ -73,6 +77,9 @@ class Audit:
         if not self.steps or self.steps[-1] != step:
             self.steps.append(step)
         self._rows[index] = list(rows)
+        lr = self._optimizers[0].param_groups[0].get("lr", 0.0)
+        # Read when a verdict asks for it: a tensor may be on another device.
+        self._lr = lr.clone() if isinstance(lr, Tensor) else lr
 
     @property
     def last(self) -> Report | None:
@@ -93,22 +100,81 @@ class Audit:
                 f"no step has been audited yet: with every={self.every} the first is step {self.every}. Take steps "
                 "first, or make the audit with a smaller `every`"
             )
-        rows = [row for each in self._rows for row in each]
-        modules: dict[str, list[Row]] = {}
-        for row in rows:
-            name = self._names.get(id(row.param), row.name)
-            if name is not None:
-                modules.setdefault(name.rpartition(".")[0] or name, []).append(row)
         step = self.steps[-1]
         return Report(
-            total=record_of(step, rows),
+            total=record_of(step, [row for each in self._rows for row in each]),
             groups=[
                 record_of(step, [row for row in each if row.group == index])
                 for each, optimizer in zip(self._rows, self._optimizers, strict=True)
                 for index in range(len(optimizer.param_groups))
             ],
-            modules={name: record_of(step, each) for name, each in modules.items()},
+            modules={name: record_of(step, [row for _, row in each]) for name, each in self._modules().items()},
         )
+
+    def verdict(self, schedule: Any = None, last_step: int | None = None) -> list[str]:
+        """What the last audited step means, in plain words, with the remedy: a line for each module that loses, the
+        worst first; one line if none does.
+
+        Args:
+            schedule: the learning-rate schedule: step (from 1) -> learning rate, or a torch scheduler that is ready
+                for the next step. With it, a last line says after which step bare weights of the parameters' dtype
+                would stop learning, if they would: the updates are taken as those of the audited step, times the
+                learning rate.
+            last_step: the run's last step; needed with ``schedule``.
+
+        Raises:
+            RuntimeError: no step has been audited yet.
+            ValueError: a schedule without ``last_step``.
+        """
+        report = self.report()
+        named = self._modules() or {"all parameters": [(i, row) for i, rows in enumerate(self._rows) for row in rows]}
+        records = {name: report["modules"].get(name, report["total"]) for name in named}
+        worst = sorted(named, key=lambda name: 1.0 if (kept := records[name]["edq_ratio"]) is None else kept)
+        lines = [line for name in worst if (line := verdict(name, records[name], self._facts(named[name]))) is not None]
+        if not lines:
+            ratio = report["total"]["edq_ratio"]
+            lines = ["no update to judge" if ratio is None else f"nothing is lost: EDQ ratio {ratio:.3f}"]
+        if schedule is not None:
+            if last_step is None:
+                raise ValueError("verdict(schedule) needs last_step, the number of the run's last step")
+            lines += self._forecast(report, schedule, last_step)
+        return lines
+
+    def _forecast(self, report: Report, schedule: Any, last_step: int) -> list[str]:
+        step, histogram = self.steps[-1], report["total"].get("update_ulps")
+        low = [row for each in self._rows for row in each if row.param.dtype in LOW_PRECISION]
+        now = float(self._lr)
+        if histogram is None or not low or not now:
+            return []
+        rates = learning_rates(schedule, step + 1, last_step)
+        line = forecast(histogram, [rate / now for rate in rates], step + 1, low[0].param.dtype)
+        return [] if line is None else [line]
+
+    def _facts(self, rows: list[tuple[int, Row]]) -> Facts:
+        """Of the first of these parameters: a module's share an optimizer and, nearly always, a dtype."""
+        index, row = rows[0]
+        optimizer = self._optimizers[index]
+        group = optimizer.param_groups[row.group]
+        layout = layout_of(group["strategy"], row.param) if isinstance(optimizer, AdamW) else None
+        betas = group.get("betas", (None, group.get("beta2")))
+        state = getattr(optimizer, "state", {}).get(row.param, {})
+        return Facts(
+            dtype=row.param.dtype,
+            strategy=None if layout is None else resolve(group["strategy"]).name,
+            adam="exp_avg_sq" in state or "state2" in state,
+            drawn=layout is not None and layout.param.stochastic,
+            beta2=None if betas[1] is None else float(betas[1]),
+        )
+
+    def _modules(self) -> dict[str, list[tuple[int, Row]]]:
+        """The rows of each named module, each with its optimizer's index."""
+        modules: dict[str, list[tuple[int, Row]]] = {}
+        for index, rows in enumerate(self._rows):
+            for row in rows:
+                name = self._names.get(id(row.param), row.name)
+                if name is not None:
+                    modules.setdefault(name.rpartition(".")[0] or name, []).append((index, row))
+        return modules
 
     def detach(self) -> None:
         """Stops watching; what has been recorded stays."""
