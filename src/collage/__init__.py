@@ -5,13 +5,14 @@ update was lost. Importing this package loads torch and nothing else heavy.
 """
 
 from collage.kernels import Backend, backends
-from collage.metrics import Audit, audit
+from collage.metrics import Advice, Audit, advise, audit
 from collage.optim import AdamW, Compensated, Strategy, convert, strategies, to_low_precision
 from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Storage
 from collage.version import __version__
 
 __all__ = [
     "AdamW",
+    "Advice",
     "Audit",
     "Backend",
     "Blockwise",
@@ -24,6 +25,7 @@ __all__ = [
     "Storage",
     "Strategy",
     "__version__",
+    "advise",
     "audit",
     "backends",
     "convert",

@@ -243,22 +243,22 @@ def audit(
     for name, value in (("window", window), ("memory", 1 if memory is None else memory)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    found = list(_inner(optimizer))
+    found = inner_optimizers(optimizer)
     return Audit(found, every, model, details=details, memory=memory, window=window)
 
 
-def _inner(optimizer: Any) -> list[Any]:
+def inner_optimizers(optimizer: Any) -> list[Any]:
     """The optimizers that step."""
     members = optimizer if isinstance(optimizer, (list, tuple)) else getattr(optimizer, "optimizers", None)
     if isinstance(members, (list, tuple)) and members:
-        return [inner for member in members for inner in _inner(member)]
+        return [inner for member in members for inner in inner_optimizers(member)]
     within = getattr(optimizer, "optimizer", None)
     if (
         within is not None
         and not isinstance(optimizer, AdamW)
         and (hasattr(within, "step") or hasattr(within, "optimizer"))
     ):
-        return _inner(within)
+        return inner_optimizers(within)
     if not isinstance(optimizer, Optimizer) and not all(hasattr(optimizer, name) for name in ("step", "param_groups")):
         raise TypeError(
             f"the audit takes an optimizer, or what holds one as .optimizer, got {type(optimizer).__name__} without "

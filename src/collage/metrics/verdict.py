@@ -52,7 +52,7 @@ def verdict(name: str, record: Record, facts: Facts) -> str | None:
 def _updates(record: Record, facts: Facts) -> list[str]:
     found = []
     ratio, lost = record["edq_ratio"], record["lost_fraction"]
-    if ratio is None or lost is None or ratio >= KEPT:
+    if ratio is None or lost is None or not ratio < KEPT:
         # Where the update itself goes through, what decay adds to it goes through on average.
         return found
     found.append(f"{_share(lost)} of updates lost (EDQ ratio {ratio:.2f})")

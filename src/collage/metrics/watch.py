@@ -80,6 +80,31 @@ class _Held:
 Rows = Sequence[Row]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What some elements of a parameter were to do in a step; flat float64 tensors.
+
+    Attributes:
+        param: the parameter.
+        elements: of its local part.
+        weight: how many of them each element here stands for.
+        value: the whole value before the step.
+        u: the intended update.
+        m: first moment before and after, in float64; None if the optimizer has none.
+        v: second moment, likewise.
+        update: the intended update, had the moments before the step been these two.
+    """
+
+    param: Tensor
+    elements: int
+    weight: float
+    value: Tensor
+    u: Tensor
+    m: tuple[Tensor, Tensor] | None
+    v: tuple[Tensor, Tensor] | None
+    update: Callable[[Tensor, Tensor], Tensor]
+
+
 class Watch:
     """Compares chosen steps of an optimizer with what they intended.
 
@@ -90,6 +115,7 @@ class Watch:
         memory: bytes that copies may take; where they would take more, evenly spaced runs of the elements stand for all
             (rules that need whole parameters are then replayed as far as they fit). None: no bound.
         window: steps over which the movement is taken where a step cannot be replayed.
+        sink: receives samples of what a step intends, in place of the comparison with what it stored.
     """
 
     def __init__(
@@ -99,7 +125,9 @@ class Watch:
         record: Callable[[int, Rows], None],
         memory: int | None,
         window: int = 1,
+        sink: Callable[[Sample], None] | None = None,
     ) -> None:
+        self._sink = sink
         self._optimizer = optimizer
         self._family = family_of(optimizer) if isinstance(optimizer, Optimizer) else None
         self._wants, self._record = wants, record
@@ -178,12 +206,54 @@ class Watch:
         self._taken = number
         if not held or _skipped(optimizer):
             return
-        devices = {each.row.param.device for each in held if each.row.param.device.type != "cpu"}
-        kind = next(iter(devices)).type if devices else "cuda"
-        with torch.no_grad(), torch.random.fork_rng(list(devices), device_type=kind):
+        if self._sink is not None:
+            self._give(held, self._sink)
+            return
+        with torch.no_grad(), _random_state_kept(held):
             rows = [self._compared(each) for each in held]
         self._close_window(number, rows)
         self._record(number, rows)
+
+    def replay_only(self) -> None:
+        """Gives the sink what the next step would do with the gradients at hand; nothing is stepped."""
+        self._copy()
+        held, self._held = self._held, None
+        if self._sink is not None:
+            self._give(held or [], self._sink)
+
+    def _give(self, held: list[_Held], sink: Callable[[Sample], None]) -> None:
+        with torch.no_grad(), _random_state_kept(held):
+            for each in held:
+                seen = sum(piece.end - piece.start for piece in each.pieces)
+                for piece in each.pieces if self._family is not None else []:
+                    sink(self._sample(self._family, each, piece, each.row.elements / max(1, seen)))
+
+    def _sample(self, family: Family, held: _Held, piece: _Piece, weight: float) -> Sample:
+        group, row = held.options, held.row
+        storage = family.storage(group, row.param)
+        old = (storage if len(piece.parts) == len(storage.components(row.param.dtype)) else Rounded()).exact(
+            piece.parts
+        )
+        old, grad = old.view_as(piece.grad), piece.grad.to(torch.float64)
+        new, after = family.intended(group, old, grad, widened(piece.state))
+        u = self._update(family, group, piece, old, new, grad)
+
+        def moment(name: str | None) -> tuple[Tensor, Tensor] | None:
+            if name is None or name not in after:
+                return None
+            before = piece.state.get(name)
+            before = torch.zeros_like(after[name]) if before is None else before.to(torch.float64)
+            return before.flatten(), after[name].flatten()
+
+        def update(m: Tensor, v: Tensor) -> Tensor:
+            if not piece.state or second is None:
+                return u.flatten()
+            state = widened(piece.state) | {"exp_avg": m.view_as(old).clone(), second: v.view_as(old).clone()}
+            return (family.intended(group, old, grad, state)[0] - old).flatten()
+
+        second = second_moment(after)
+        m, v = moment("exp_avg"), moment(second)
+        return Sample(row.param, row.elements, weight, old.flatten(), u.flatten(), m, v, update)
 
     def _number(self) -> int:
         """Steps taken so far: by the optimizer's own count where it keeps one, which is read once."""
@@ -407,6 +477,13 @@ class Watch:
                 way = local(row.param.detach()).to(torch.float64) - old.to(torch.float64)
                 row.more[unchanged], row.more[moved] = float((way == 0).sum()), float((way * way).sum())
                 row.more[seen] = way.numel()
+
+
+def _random_state_kept(held: list[_Held]) -> Any:
+    """Puts the global generators back, of the CPU and of the parameters' devices."""
+    devices = {each.row.param.device for each in held if each.row.param.device.type != "cpu"}
+    kind = next(iter(devices)).type if devices else "cuda"
+    return torch.random.fork_rng(list(devices), device_type=kind)
 
 
 def _cut_part(part: Tensor, elements: int, start: int, end: int, family: Family) -> Tensor:
