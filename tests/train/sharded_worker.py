@@ -85,15 +85,15 @@ def reduced(accelerator: Any) -> None:
     x = torch.full((1, 3), 3.0, dtype=torch.bfloat16)
     x[0, dist.get_rank()] = 768.0
     for dtype in ("model", "float32"):
-        for shards in (False, True):
+        for split in (False, True):
             model = collage.to_low_precision(torch.nn.Linear(3, 1, bias=False))
-            if shards:
+            if split:
                 processes.shard(model, torch.device("cpu"), 3, dtype)
-            (model if shards else processes.replicate(model, accelerator, dtype))(x).sum().backward()
+            (model if split else processes.replicate(model, accelerator, dtype))(x).sum().backward()
             assert model.weight.grad is not None
             grad: Any = model.weight.grad
-            mean = grad.full_tensor() if shards else grad
-            assert bool((mean == 258.0).all()) == (dtype == "float32"), (dtype, shards, mean)
+            mean = grad.full_tensor() if split else grad
+            assert bool((mean == 258.0).all()) == (dtype == "float32"), (dtype, split, mean)
 
 
 if __name__ == "__main__":
