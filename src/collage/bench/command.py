@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from collage.bench.arguments import HOW, Device, JsonFile, Threads, given_command, write_rows
-from collage.bench.training_command import MEMORY, memory
+from collage.bench.training_command import MEMORY, TRAIN, memory, train
 from collage.train.extras import need
 
 WHAT, MEASURED = "What is timed", "What is measured"
@@ -203,6 +203,7 @@ def precision(
     write_rows(result, json_file, console)
 
 
+bench.command(help=TRAIN)(train)
 bench.command(help=MEMORY)(memory)
 
 

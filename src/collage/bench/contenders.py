@@ -166,18 +166,23 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 class MasterAdamW:
-    """torch's fused AdamW on a float32 copy of low-precision parameters: what a user without a library writes.
+    """torch's AdamW on a float32 copy of low-precision parameters: what a user without a library writes.
 
     Three passes: gradients up, step, parameters down, on kept buffers.
+
+    Args:
+        params: the parameters.
+        fused: torch's fused step; otherwise its plain one, a Python loop over the parameters.
+        hyper: what replaces entries of `HYPER`.
     """
 
-    def __init__(self, params: list[nn.Parameter], **hyper: Any) -> None:
+    def __init__(self, params: list[nn.Parameter], fused: bool = True, **hyper: Any) -> None:
         self._params = params
         self._masters = [nn.Parameter(param.detach().float()) for param in params]
         self._grads: list[Tensor] = [torch.empty_like(master) for master in self._masters]
         for master, grad in zip(self._masters, self._grads, strict=True):
             master.grad = grad
-        self._optimizer = torch.optim.AdamW(self._masters, **{**HYPER, **hyper}, fused=True)
+        self._optimizer = torch.optim.AdamW(self._masters, **{**HYPER, **hyper}, fused=fused, foreach=False)
 
     @property
     def state(self) -> dict[str, Any]:

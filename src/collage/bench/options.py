@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,10 @@ from collage.bench.plan import Plan, free_memory
 from collage.bench.precision import ROW, PrecisionPlan
 from collage.bench.shapes import DEFAULT, shape_sets
 from collage.train.config import UserError
+from collage.train.models import attention_for
+
+if TYPE_CHECKING:
+    from collage.bench.train import TrainPlan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_SHARE = {"cpu": 0.6, "cuda": 0.9}
@@ -144,6 +149,45 @@ def make_precision_plan(
     own = own_contenders(parse_strategies(strategies), [None], dtype)
     controls = [reference(dtype)] if "torch" in chosen else []
     return PrecisionPlan((*own, *controls, *peer_contenders(chosen, dtype, device)), device, elements, steps)
+
+
+def make_train_plan(
+    *,
+    models: str,
+    strategies: str,
+    seq: int,
+    micro_batch: int,
+    attention: str | None,
+    checkpointing: bool,
+    device: torch.device,
+    rounds: int,
+    budget: float,
+    memory: str | None,
+) -> TrainPlan:
+    """What the options of `collage bench train` ask for.
+
+    Raises:
+        UserError: an option that cannot be followed.
+    """
+    from collage.bench.train import TrainPlan
+    from collage.plan.options import check_attention, check_micro_batch, parse_memory, subject
+
+    check_micro_batch(micro_batch)
+    if rounds < 1:
+        raise UserError(f"--rounds must be >= 1, got {rounds}")
+    if not budget > 0:
+        raise UserError(f"--budget must be > 0 seconds, got {budget}")
+    return TrainPlan(
+        subjects=tuple(subject(name, {}, seq) for name in names(models, "--models")),
+        strategies=tuple(parse_strategies(strategies)),
+        micro_batch=micro_batch,
+        attention=attention_for(device.type, seq) if attention is None else check_attention(attention),
+        checkpointing=checkpointing,
+        device=device,
+        rounds=rounds,
+        budget=budget,
+        memory=round(MEMORY_SHARE[device.type] * free_memory(device)) if memory is None else parse_memory(memory),
+    )
 
 
 def check_writable(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The pages of a folder of results: tables and plots, made from the JSON files beside them alone.
 
-README.md is about the step (`collage bench step`), precision.md about what it delivers (`collage bench precision`).
+README.md is about the step (`collage bench step`), precision.md about what it delivers (`collage bench precision`),
+train.md about whole training steps (`collage bench train`), memory.md about their peaks (`collage bench memory`).
 """
 
 from __future__ import annotations
@@ -10,21 +11,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from collage.bench import delivered
+from collage.bench import delivered, memory_table, train_table
 from collage.bench.columns import MEANINGS, Column, Row, heading, left_out, shown_columns
 from collage.bench.plots import draw, draw_delivered
-from collage.bench.results import PRECISION, STEP, read
+from collage.bench.results import KINDS, MEMORY, PRECISION, STEP, TRAIN, read
 from collage.report.style import LIGHT
 from collage.train.config import UserError
 from collage.train.runfiles import write_text
 
-PAGE, PRECISION_PAGE, PLOTS = "README.md", "precision.md", "plots"
+PAGE, PLOTS = "README.md", "plots"
+PRECISION_PAGE, TRAIN_PAGE, MEMORY_PAGE = "precision.md", "train.md", "memory.md"
 Result = dict[str, Any]
 
 
 def write_page(folder: Path) -> Path:
-    """Writes README.md and plots/ for the results in `folder`, and precision.md where there are such results; returns
-    the path of README.md.
+    """Writes README.md and plots/ for the results in `folder`, and precision.md, train.md and memory.md where there are
+    such results; returns the path of README.md.
 
     Raises:
         UserError: no such folder, or a file in it that is no result.
@@ -32,11 +34,17 @@ def write_page(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"the folder of results must exist, got {folder}; make it and put files of --json there")
     results = [(path, read(path)) for path in sorted(folder.glob("*.json"))]
-    of_kind = {kind: [pair for pair in results if pair[1]["kind"] == kind] for kind in (STEP, PRECISION)}
-    if of_kind[PRECISION]:
-        _write(folder / PRECISION_PAGE, _precision_head(), of_kind[PRECISION], _delivered)
+    of_kind = {kind: [pair for pair in results if pair[1]["kind"] == kind] for kind in KINDS}
+    others = {
+        PRECISION: (PRECISION_PAGE, _precision_head(), _delivered),
+        TRAIN: (TRAIN_PAGE, _train_head(), _trained),
+        MEMORY: (MEMORY_PAGE, _memory_head(), _peaks),
+    }
+    for kind, (name, head, body) in others.items():
+        if of_kind[kind]:
+            _write(folder / name, head, of_kind[kind], body)
     page = folder / PAGE
-    _write(page, _head(bool(of_kind[PRECISION])), of_kind[STEP], _steps)
+    _write(page, _head([kind for kind in others if of_kind[kind]]), of_kind[STEP], _steps)
     return page
 
 
@@ -47,7 +55,14 @@ def _write(
     write_text(page, "\n".join([*head, *(sections or ["No results yet."])]).rstrip() + "\n")
 
 
-def _head(precise: bool) -> list[str]:
+_LINKS = {
+    PRECISION: f"What the steps deliver: [{PRECISION_PAGE}]({PRECISION_PAGE}).",
+    TRAIN: f"Whole training steps: [{TRAIN_PAGE}]({TRAIN_PAGE}).",
+    MEMORY: f"Peak memory, planned and measured: [{MEMORY_PAGE}]({MEMORY_PAGE}).",
+}
+
+
+def _head(others: Sequence[str]) -> list[str]:
     return [
         "# Optimizer step: results",
         "",
@@ -56,7 +71,7 @@ def _head(precise: bool) -> list[str]:
         "rounds of all contenders of a table are interleaved in one process, so compare ratios, not milliseconds of "
         "different files.",
         "",
-        *(["What the steps deliver: [precision.md](precision.md).", ""] if precise else []),
+        *(line for kind in others for line in (_LINKS[kind], "")),
         *(f"- **{heading}**: {meaning}." for heading, meaning in MEANINGS),
         "",
     ]
@@ -71,6 +86,31 @@ def _precision_head() -> list[str]:
         "value that an optimizer holds, corrections and master copies included.",
         "",
         *(f"- **{heading}**: {meaning}." for heading, meaning in delivered.MEANINGS),
+        "",
+    ]
+
+
+def _train_head() -> list[str]:
+    return [
+        "# Whole training steps: results",
+        "",
+        "Made by `collage bench page` from the JSON files in this folder that `collage bench train --json FILE` wrote. "
+        "The rounds of all arms of a table are interleaved in one process, so compare ratios, not milliseconds of "
+        "different files.",
+        "",
+        *(f"- **{heading}**: {meaning}." for heading, meaning in train_table.MEANINGS),
+        "",
+    ]
+
+
+def _memory_head() -> list[str]:
+    return [
+        "# Peak memory of training steps: results",
+        "",
+        "Made by `collage bench page` from the JSON files in this folder that `collage bench memory --json FILE` "
+        "wrote.",
+        "",
+        *(f"- **{heading}**: {meaning}." for heading, meaning in memory_table.MEANINGS),
         "",
     ]
 
@@ -111,6 +151,24 @@ def _delivered(path: Path, result: Result) -> list[str]:
     return [*lines, *(f"- {_escaped(note)}" for note in delivered.notes(result)), ""]
 
 
+def _trained(path: Path, result: Result) -> list[str]:
+    lines: list[str] = []
+    for rows in train_table.models(result):
+        lines += [f"### {train_table.heading(rows)}", ""]
+        picture = draw(rows, LIGHT, to="best mixed precision")
+        if picture is not None:
+            plot = path.parent / PLOTS / f"{path.stem}-{rows[0]['model']}.png"
+            lines += [_picture(plot, picture, "Time of a training step, as ratio to the best mixed precision"), ""]
+        lines += _rows(train_table.COLUMNS, [row for row in rows if row["rounds"]])
+        lines += ["", *(f"- {_escaped(note)}" for note in train_table.notes(rows)), ""]
+    return lines
+
+
+def _peaks(path: Path, result: Result) -> list[str]:
+    rows = result["rows"]
+    return [f"{memory_table.heading(rows)}.", "", *_rows(memory_table.COLUMNS, rows), ""]
+
+
 def _picture(plot: Path, picture: bytes, text: str) -> str:
     plot.parent.mkdir(exist_ok=True)
     plot.write_bytes(picture)
@@ -141,7 +199,7 @@ def _rows(columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
 
 
 def _emphasised(row: Row, text: str) -> str:
-    return f"**{text}**" if row["kind"] == "collage" else text
+    return f"**{text}**" if row.get("kind") == "collage" else text
 
 
 def _escaped(text: str) -> str:

@@ -21,19 +21,19 @@ def drawn_rows(rows: Sequence[Row]) -> list[Row]:
     return sorted(timed, key=lambda row: row["ratio"])
 
 
-def draw(rows: Sequence[Row], theme: Theme) -> bytes | None:
-    """Ratios to torch's fused AdamW, and shares of the null kernel where there are some, as a PNG file's bytes; None
-    where nothing was timed."""
+def draw(rows: Sequence[Row], theme: Theme, to: str = "torch fused") -> bytes | None:
+    """Ratios to torch's fused AdamW (or to what `to` names), and shares of the null kernel where there are some, as a
+    PNG file's bytes; None where nothing was timed."""
     rows = drawn_rows(rows)
     if not rows:
         return None
-    shares = any(row["null_share"] is not None for row in rows)
+    shares = any(row.get("null_share") is not None for row in rows)
     with rc_context(theme_settings(theme)):
         figure = Figure(figsize=(WIDTH, 1.0 + 0.26 * len(rows)), dpi=DPI, layout="constrained")
         panels = figure.subplots(
             1, 2 if shares else 1, sharey=True, squeeze=False, width_ratios=[3, 2] if shares else [1]
         )
-        _draw_ratios(panels[0, 0], rows, theme)
+        _draw_ratios(panels[0, 0], rows, theme, to)
         if shares:
             _draw_shares(panels[0, 1], rows, theme)
         return _png(figure)
@@ -49,7 +49,7 @@ def _colour(row: Row, theme: Theme) -> str:
     return theme.palette[{"collage": "blue", "reference": "ink"}.get(row["kind"], "gray")]
 
 
-def _draw_ratios(axes: Axes, rows: Sequence[Row], theme: Theme) -> None:
+def _draw_ratios(axes: Axes, rows: Sequence[Row], theme: Theme, to: str) -> None:
     ratios = [row["ratio"] for row in rows]
     low, high = 0.8 * min(0.5, *ratios), max(2.0, *ratios)
     for y, row in enumerate(rows):
@@ -62,7 +62,7 @@ def _draw_ratios(axes: Axes, rows: Sequence[Row], theme: Theme) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 20 * low else (1.0,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _tidy(axes, "time, x torch fused (log)")
+    _tidy(axes, f"time, x {to} (log)")
     _name(axes, rows, theme)
 
 

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from collage.bench.arguments import Device, JsonFile, Threads, given_command, write_rows
+from collage.bench.arguments import HOW, Device, JsonFile, Threads, given_command, write_rows
 from collage.plan.arguments import Family, Heads, Hidden, Intermediate, KvHeads, Layers, Model, Seq, Vocab
 from collage.train.extras import need
 
-MEASURED = "What is measured"
+MEASURED, TIMED = "What is measured", "What is timed"
 
 MEMORY = (
     "Measure the peak memory of real training steps beside what `collage plan` says of them.\n\n"
@@ -70,5 +70,88 @@ def memory(
         known = facts(KIND, ["transformers"], where, given_command())
         rows = measure(cases, where, display)
     result = {**known, "rows": [{**row, **of_run(known)} for row in rows]}
+    show(result, console)
+    write_rows(result, json_file, console)
+
+
+TRAIN = (
+    "Time whole training steps: every strategy beside the ways to train in mixed precision with torch alone.\n\n"
+    "A step is forward, backward, clipping and optimizer, on fresh weights and one batch. Arms take turns in the "
+    "rounds of one process, where they fit into memory together. Ratios are to the faster of two mixed-precision "
+    "baselines (fused AdamW on float32 masters of a bfloat16 model; autocast with float32 parameters and fused AdamW) "
+    "and to the unfused one, a Python loop. What does not fit is skipped, with the bytes that the plan says.\n\n"
+    "Without options: gpt-10m on a CPU, all GPT sizes of the paper on a GPU."
+)
+CPU_MODELS, GPU_MODELS = "gpt-10m", "gpt-125m,gpt-1.3b,gpt-2.7b,gpt-6.7b"
+
+
+def train(
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Models of `collage train`, separated by commas. Unset: gpt-10m on a CPU, the paper's GPT sizes on a "
+            "GPU.",
+            rich_help_panel=TIMED,
+        ),
+    ] = None,
+    strategies: Annotated[
+        str, typer.Option(help="Precision strategies, separated by commas.", rich_help_panel=TIMED)
+    ] = "plain,light,plus,exact,compact,mixed",
+    seq: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a sequence. Unset: 256 on a CPU, 2048 on a GPU.", rich_help_panel=TIMED),
+    ] = None,
+    micro_batch: Annotated[int, typer.Option(help="Sequences of a step.", rich_help_panel=TIMED)] = 4,
+    attention: Annotated[
+        str | None, typer.Option(help="sdpa or eager. Unset: as `collage train` takes it.", rich_help_panel=TIMED)
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute each block in the backward.", rich_help_panel=TIMED)
+    ] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds, at least 1.", rich_help_panel=HOW)] = 20,
+    budget: Annotated[
+        float, typer.Option(help="Seconds for the rounds of one arm, but five rounds at least.", rich_help_panel=HOW)
+    ] = 30.0,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What may be in use at a time, such as 40GB. Unset: most of what is free.", rich_help_panel=HOW
+        ),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time whole training steps: every strategy beside the ways to train in mixed precision with torch alone."""
+    need("train")
+    from rich.console import Console
+
+    from collage.bench.display import BenchDisplay
+    from collage.bench.options import check_writable, make_train_plan, parse_device, use_threads
+    from collage.bench.results import TRAIN as KIND
+    from collage.bench.results import facts, of_run
+    from collage.bench.train import run
+    from collage.bench.train_table import show
+
+    if json_file is not None:
+        check_writable(json_file)
+    where = parse_device(device)
+    plan = make_train_plan(
+        models=models or (CPU_MODELS if where.type == "cpu" else GPU_MODELS),
+        strategies=strategies,
+        seq=seq or (256 if where.type == "cpu" else 2048),
+        micro_batch=micro_batch,
+        attention=attention,
+        checkpointing=checkpointing,
+        device=where,
+        rounds=rounds,
+        budget=budget,
+        memory=memory,
+    )
+    console = Console()
+    with use_threads(threads), BenchDisplay(console) as display:
+        known = facts(KIND, ["transformers"], where, given_command())
+        rows = run(plan, display)
+    result = {**known, "rounds": rounds, "budget_s": budget, "rows": [{**row, **of_run(known)} for row in rows]}
     show(result, console)
     write_rows(result, json_file, console)

@@ -46,6 +46,7 @@ class Settings:
         accumulates: whether gradients stay while the next micro-batch goes forward.
         attention: "sdpa" (keeps no scores) or "eager".
         products: how matrices are multiplied, see :mod:`collage.train.products`.
+        autocast: whether a float32 model computes in torch's autocast to bfloat16.
     """
 
     shards: int = 1
@@ -56,6 +57,7 @@ class Settings:
     accumulates: bool = False
     attention: str = "sdpa"
     products: str = NATIVE
+    autocast: bool = False
 
     def on_one_device(self) -> Settings:
         """The same without shards."""
@@ -235,6 +237,7 @@ class Planner:
                 checkpointing=checkpointing,
                 attention=self.settings.attention,
                 products=self.settings.products,
+                autocast=self.settings.autocast,
             )
         return self._timelines[key]
 

@@ -143,6 +143,7 @@ def trace(
     checkpointing: bool,
     attention: str,
     products: str = NATIVE,
+    autocast: bool = False,
     whole: bool = False,
 ) -> Timeline:
     """The timeline of a training step.
@@ -154,6 +155,7 @@ def trace(
         checkpointing: whether each block is computed again in the backward, from its input alone.
         attention: "sdpa" or "eager", as transformers names them.
         products: how matrices are multiplied, see :mod:`collage.train.products`.
+        autocast: whether the forward runs in torch's autocast to bfloat16.
         whole: trace all blocks, even where three would do.
 
     Raises:
@@ -164,7 +166,7 @@ def trace(
     try:
         with _fake():
             model = model_of.build(dtype=dtype, attention=attention, checkpointing=checkpointing)
-            low, high = (_trace(model_of, model, gradient, products, batch) for batch in MICRO_BATCHES)
+            low, high = (_trace(model_of, model, gradient, products, autocast, batch) for batch in MICRO_BATCHES)
     except UserError:
         raise
     except Exception as error:
@@ -195,7 +197,9 @@ def _none_packed(*_: object, **__: object) -> None:
     """No position begins another sequence."""
 
 
-def _trace(subject: Subject, model: nn.Module, gradient: torch.dtype, products: str, batch: int) -> _Trace:
+def _trace(
+    subject: Subject, model: nn.Module, gradient: torch.dtype, products: str, autocast: bool, batch: int
+) -> _Trace:
     recorder = _Recorder()
     entered: list[int] = []
     entered_live: list[int] = []
@@ -216,7 +220,8 @@ def _trace(subject: Subject, model: nn.Module, gradient: torch.dtype, products: 
         handles.append(param.register_post_accumulate_grad_hook(lambda p, index=index: recorder.arrive(index, p)))
     tokens = subject.tokens(batch)
     with recorder, multiplying(products):
-        loss = subject.loss(model, tokens)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = subject.loss(model, tokens)
         forward[0], first, kept = False, len(recorder.events), recorder.live
         loss.backward()
         del loss
