@@ -23,6 +23,9 @@ from collage.plan.command import PLAN, plan
 from collage.train.options import config_options
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from collage.metrics.moved import Difference
     from collage.report.write import Report
 
 app = typer.Typer(
@@ -325,6 +328,64 @@ def report(
     from collage.report.write import report_on
 
     _show_report(report_on(directories, out), json_file)
+
+
+@app.command()
+def audit(
+    first: Annotated[Path, typer.Argument(metavar="CHECKPOINT_A", help="The earlier checkpoint: a file or a folder.")],
+    second: Annotated[Path, typer.Argument(metavar="CHECKPOINT_B", help="The later one, of the same training.")],
+    every_tensor: Annotated[bool, typer.Option("--all", help="List every tensor, not the kinds alone.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Tell which weights did not move between two checkpoints of any training.
+
+    Reads safetensors and torch files, shards with their index, transformers' folders, torch.distributed.checkpoint
+    folders and runs of `collage train`, one tensor at a time.
+    """
+    need("train")
+    from rich.console import Console
+
+    from collage.metrics.moved import difference
+    from collage.train.runfiles import write_json
+    from collage.train.weightfiles import open_weights
+
+    found = difference(open_weights(first), open_weights(second))
+    _show_difference(found, every_tensor, Console())
+    if json_file is not None:
+        write_json(json_file, found.to_json())
+
+
+def _show_difference(found: Difference, every_tensor: bool, console: Console) -> None:
+    from rich.table import Table
+
+    from collage.metrics.moved import summed
+
+    table = Table(box=None, header_style="bold")
+    for name in ("layers", "tensors", "still", "elements", "unchanged", "moved by", "of their norm"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for kind, tensors in found.kinds().items():
+        for name, rows in [(kind, tensors), *((f"  {each.name}", [each]) for each in tensors if every_tensor)]:
+            figures = summed(rows)
+            share, relative = figures["unchanged_fraction"], figures["relative_displacement"]
+            table.add_row(
+                name,
+                str(figures["tensors"]),
+                str(figures["still"]),
+                f"{figures['elements']:,}",
+                "-" if share is None else f"{100 * share:.2f} %",
+                f"{figures['displacement']:.3g}",
+                "-" if relative is None else f"{relative:.2g}",
+            )
+    console.print(table)
+    for line in found.verdict():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for names, where in (
+        (found.only_first, "are in the first alone"),
+        (found.only_second, "are in the second alone"),
+        (found.reshaped, "have other shapes"),
+    ):
+        if names:
+            console.print(f"{len(names)} tensors {where}, the first: {names[0]}", markup=False, highlight=False)
 
 
 def _show_report(report: Report, json_file: Path | None) -> None:
