@@ -40,8 +40,8 @@ MEANINGS = (
     ("tokens/s", "tokens of the step over the median"),
     (
         "x best",
-        "median of the per-round ratios to the faster of two ways: torch's fused AdamW on float32 masters of a bfloat16 "
-        "model, and autocast with float32 parameters and fused AdamW",
+        "median of the per-round ratios to the faster of two ways: torch's fused AdamW on float32 masters of a "
+        "bfloat16 model, and autocast with float32 parameters and fused AdamW",
     ),
     ("x unfused", "the same to AdamW on float32 masters as a Python loop over the parameters"),
     ("peak GB", "the most bytes (10^9) that torch had allocated at a time, measured in a process of its own"),
