@@ -64,8 +64,8 @@ def audits(strategy: str, steps: int, last: int) -> list[dict[str, Any]]:
             name: {"edq_ratio": 1.0 - share, "lost_fraction": share, "lost_fraction_hi": share, "v_lost_fraction": None}
             for name, share in shares.items()
         }
-        bins = {"log2_edges": [None, -2.0, -1.0, 0.0, 1.0, None], "counts": [step, 2 * step, 40, 20, 10]}
-        made.append({"step": step, "modules": modules, "update_ulp_histogram": bins})
+        sizes = {"log2": [-3, -2, -1, 0, 1], "elements": [step, 2 * step, 40, 20, 10]}
+        made.append({"step": step, "modules": modules, "update_ulps": sizes})
     return made
 
 

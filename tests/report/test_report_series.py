@@ -130,22 +130,27 @@ def test_many_modules_have_fewer_points_each_so_that_the_page_stays_small(make_r
 # ---- histograms ------------------------------------------------------------------------------------------------------
 
 
-def bars(step: int, counts: list[int], edges: list[float] | None = None) -> dict[str, Any]:
-    return {"step": step, "update_ulp_histogram": {"log2_edges": edges or [-1.0, 0.0, 1.0], "counts": counts}}
+def sizes(step: int, elements: list[float], first: int = -1) -> dict[str, Any]:
+    bins = list(range(first, first + len(elements)))
+    return {"step": step, "update_ulps": {"log2": bins, "elements": elements}}
 
 
-def test_a_histogram_is_the_share_of_each_bin_at_each_audited_step(tmp_path: Path) -> None:
-    run = Run(tmp_path, {}, (), [bars(1, [3, 1]), {"step": 2}, bars(3, [0, 8])])
-    assert histogram(run) == {"x": [1, 3], "edges": [-1.0, 0.0, 1.0], "shares": [[0.75, 0.25], [0.0, 1.0]]}
+def test_a_histogram_is_the_share_of_each_bin_at_each_step_that_has_one(tmp_path: Path) -> None:
+    run = Run(tmp_path, {}, (), [sizes(1, [3, 1]), {"step": 2}, sizes(3, [0, 8])])
+    assert histogram(run) == {"x": [1, 3], "log2": [-1, 0], "shares": [[0.75, 0.25], [0.0, 1.0]]}
 
 
-def test_empty_histograms_and_other_bins_are_left_out(tmp_path: Path) -> None:
-    run = Run(tmp_path, {}, (), [bars(1, [0, 0]), bars(2, [1, 1]), bars(3, [1, 3], [0.0, 1.0, 2.0])])
-    assert histogram(run) == {"x": [2], "edges": [-1.0, 0.0, 1.0], "shares": [[0.5, 0.5]]}
+def test_bins_that_a_step_does_not_name_are_empty_and_so_are_those_between(tmp_path: Path) -> None:
+    run = Run(tmp_path, {}, (), [sizes(1, [1], -3), sizes(2, [1, 3], 0), sizes(3, []), sizes(4, [0.0])])
+    assert histogram(run) == {
+        "x": [1, 2],
+        "log2": [-3, -2, -1, 0, 1],
+        "shares": [[1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.25, 0.75]],
+    }
 
 
 def test_many_histograms_are_averaged_by_stretches_of_steps(tmp_path: Path) -> None:
-    run = Run(tmp_path, {}, (), [bars(step, [step % 2, 1]) for step in range(1, 1001)])
+    run = Run(tmp_path, {}, (), [sizes(step, [step % 2, 1]) for step in range(1, 1001)])
     found = histogram(run)
     assert found is not None
     assert len(found["x"]) <= 120

@@ -108,6 +108,8 @@ def test_steps_are_audited_evaluated_and_logged_when_due_and_at_the_end(tiny: Tr
     audits = runfiles.read_metrics(tmp_path / "run" / runfiles.AUDIT_FILE)
     tensors = load_file(tmp_path / "run/checkpoints/step-000008/model.safetensors")
     assert [r["step"] for r in audits] == [3, 6, 8]
+    assert [runfiles.HISTOGRAM in r for r in audits] == [False, False, True]
+    assert sum(audits[-1][runfiles.HISTOGRAM]["elements"]) > 0
     assert all(set(r["modules"]) == {name.rpartition(".")[0] for name in tensors} for r in audits)
 
 

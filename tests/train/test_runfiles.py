@@ -63,12 +63,12 @@ def test_records_that_nobody_reads_again_stay_in_the_file_alone(tmp_path: Path) 
 
 def test_an_audit_is_recorded_by_module_to_six_digits() -> None:
     figures = {"edq_ratio": 1 / 3, "lost_fraction": None, "lost_fraction_hi": 0.0, "v_lost_fraction": 1.0, "edq": 7.0}
-    bars = {"log2_edges": [-1.0, 0.0, 1.0], "counts": [3, 4]}
+    sizes = {"log2": [-1, 0], "elements": [3.0, 1e6 / 3], "energy": [0.5, 0.5]}
     kept = {"edq_ratio": 0.333333, "lost_fraction": None, "lost_fraction_hi": 0.0, "v_lost_fraction": 1.0}
     report: dict[str, Any] = {"total": {}, "groups": [], "modules": {"mlp.up": figures}}
     assert runfiles.audit_record(5, report) == {"step": 5, "modules": {"mlp.up": kept}}
-    report["total"][runfiles.HISTOGRAM] = bars
-    assert runfiles.audit_record(5, report)[runfiles.HISTOGRAM] == bars
+    made = runfiles.audit_record(5, report, sizes)
+    assert made[runfiles.HISTOGRAM] == {"log2": [-1, 0], "elements": [3.0, 333333.0]}
 
 
 def test_an_unfinished_last_line_is_no_record_and_a_broken_one_before_is_an_error(tmp_path: Path) -> None:

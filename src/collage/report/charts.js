@@ -225,15 +225,14 @@ const Charts = (() => {
   function histogram(view, state, look, label) {
     const group = view.groups.findIndex((each) => each.label === label);
     const found = view.runs.filter((run) => run.group === group && run.histogram);
-    if (!found.length) return {note: "None of these runs has recorded the sizes of its updates."};
-    const {edges} = found[0].histogram;
-    const alike = found.filter((run) => String(run.histogram.edges) === String(edges));
-    const bins = edges.length - 1;
-    const means = Array.from({length: bins}, (_, bin) =>
-      meanOf(alike.map(({histogram: {x, shares}}) => ({x, y: shares.map((each) => each[bin])}))));
+    if (!found.length) return {note: "None of these runs has recorded the sizes of its updates; collage train does so at every fifth audit of a run that is not sharded."};
+    const all = found.flatMap((run) => run.histogram.log2);
+    const bins = Array.from({length: Math.max(...all) - Math.min(...all) + 1}, (_, i) => Math.min(...all) + i);
+    const bin = ({log2, shares, x}, name) => ({x, y: shares.map((each) => each[name - log2[0]] ?? 0)});
+    const means = bins.map((name) => meanOf(found.map((run) => bin(run.histogram, name))));
     const tokens = state.axis === "tokens" ? found[0].tokens_per_step : null;
-    // An open bin at either end is drawn as wide as a factor of two.
-    const drawn = edges.map((edge, i) => edge ?? (i ? edges[i - 1] + 1 : edges[1] - 1));
+    // Bins that never hold a two-thousandth of the updates are left to the zoom.
+    const filled = bins.filter((_, i) => Math.max(...means[i].y) > 5e-4);
     const scale = look.theme
       ? [[0, "#1b1f26"], [0.5, "#0072B2"], [1, "#ffe08a"]]
       : [[0, "#ffffff"], [0.5, "#56B4E9"], [1, "#00304f"]];
@@ -242,20 +241,20 @@ const Charts = (() => {
         type: "heatmap",
         meta: {kind: "histogram", group: label},
         x: means[0].x.map((step) => tokens ? step * tokens : step),
-        y: drawn.slice(0, -1).map((edge, i) => (edge + drawn[i + 1]) / 2),
+        y: bins.map((name) => name + 0.5),
         z: means.map((mean) => mean.y),
         zmin: 0,
         colorscale: scale,
         colorbar: {thickness: 10, tickformat: ".0%", outlinewidth: 0},
-        hovertemplate: "step %{x}<br>2^%{y} ulp<br>%{z:.2%}<extra></extra>",
+        customdata: bins.map((name) => means[0].x.map(() => `2^${name} to 2^${name + 1} ulp`)),
+        hovertemplate: `${tokens ? "tokens" : "step"} %{x}<br>%{customdata}<br>%{z:.2%} of the updates<extra></extra>`,
       }],
       layout: layout(look, 300, {
         uirevision: `${label},${state.axis}`,
-        shapes: [{...rule(look, -1), layer: "above"}],
+        shapes: [{...rule(look, -1), layer: "above", line: {color: look.ink, width: 1.5, dash: "dot"}}],
         xaxis: {title: {text: state.axis === "tokens" ? "tokens" : "optimizer step"}, showgrid: false},
-        yaxis: {title: {text: "update / ulp"}, tickprefix: "2<sup>", ticksuffix: "</sup>", showgrid: false, zeroline: false},
+        yaxis: {title: {text: "update / ulp"}, range: [Math.min(-2, filled[0] ?? 0), (filled.at(-1) ?? 0) + 1], tickprefix: "2<sup>", ticksuffix: "</sup>", showgrid: false, zeroline: false},
       }),
-      note: alike.length < found.length ? "Runs whose bins differ are left out." : "",
     };
   }
 

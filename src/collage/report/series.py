@@ -113,21 +113,26 @@ def _module_values(audits: Sequence[Mapping[str, Any]], ranges: Sequence[range],
 
 
 def histogram(run: Run) -> dict[str, Any] | None:
-    """The update-to-ulp histogram over time: `x`, the bins' edges as log2, and the shares of each step's updates.
+    """The sizes of the updates over time; None where the run has none.
 
-    None where the run has none. A histogram whose edges differ from the first one's, or that is empty, is left out.
+    `x` is the step, `log2` the bins (b holds updates from 2^b to 2^(b+1) ulps), and `shares` for each step the share of
+    the updates in each bin.
     """
-    found = [(int(record["step"]), section(record, HISTOGRAM)) for record in run.audits if HISTOGRAM in record]
-    found = [(step, each) for step, each in found if sum(each.get("counts") or ()) > 0]
+    found = [(int(record["step"]), _elements(section(record, HISTOGRAM))) for record in run.audits]
+    found = [(step, bins) for step, bins in found if sum(bins.values()) > 0]
     if not found:
         return None
-    edges = found[0][1]["log2_edges"]
-    found = [(step, each["counts"]) for step, each in found if each["log2_edges"] == edges]
+    names = [name for _, bins in found for name in bins]
+    log2 = range(min(names), max(names) + 1)
     ranges = buckets([step for step, _ in found], HISTOGRAMS)
-    shares = [[count / sum(counts) for count in counts] for _, counts in found]
-    means = [[_mean(bin_) for bin_ in zip(*(shares[index] for index in part), strict=True)] for part in ranges]
+    shares = [[bins.get(name, 0.0) / sum(bins.values()) for name in log2] for _, bins in found]
+    means = [[_mean(column) for column in zip(*(shares[index] for index in part), strict=True)] for part in ranges]
     return {
         "x": [found[part[-1]][0] for part in ranges],
-        "edges": edges,
+        "log2": list(log2),
         "shares": [[digits(share, 4) for share in each] for each in means],
     }
+
+
+def _elements(sizes: Mapping[str, Any]) -> dict[int, float]:
+    return dict(zip(sizes.get("log2", ()), sizes.get("elements", ()), strict=True))

@@ -25,7 +25,8 @@ FORMAT = 1
 AUDITED = ("edq_ratio", "lost_fraction", "lost_fraction_hi", "v_lost_fraction")
 AUDIT_FILE = "audit.jsonl"
 """A record per audited step, by module: apart from metrics.jsonl, which it would make ten times as long."""
-HISTOGRAM = "update_ulp_histogram"
+HISTOGRAM = "update_ulps"
+"""How many elements have an update of so many ulps: `elements` by `log2`, the floor of the ratio's logarithm."""
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------
@@ -232,14 +233,23 @@ class Metrics:
                 os.fsync(file.fileno())
 
 
-def audit_record(step: int, report: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of audit.jsonl for an audit's report: what the report page shows by module, to six digits."""
+def audit_record(step: int, report: Mapping[str, Any], sizes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The record of audit.jsonl: what the report page shows of an audit's report, to six digits.
+
+    Args:
+        step: the run's step.
+        report: of the audit.
+        sizes: the histogram of the updates' sizes, where one was taken.
+    """
     modules = {
         name: {key: _six_digits(figures[key]) for key in AUDITED if key in figures}
         for name, figures in report["modules"].items()
     }
-    histogram = report["total"].get(HISTOGRAM)
-    return {"step": step, "modules": modules} | ({} if histogram is None else {HISTOGRAM: histogram})
+    return {"step": step, "modules": modules} | ({} if sizes is None else {HISTOGRAM: _counted(sizes)})
+
+
+def _counted(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"log2": sizes["log2"], "elements": [_six_digits(each) for each in sizes["elements"]]}
 
 
 def _six_digits(value: float | None) -> float | None:
