@@ -71,11 +71,12 @@ def replicate(model: nn.Module, accelerator: Accelerator, reduce_dtype: str) -> 
     """The model itself on one process; on several wrapped by DDP, which adds up the gradients in `reduce_dtype`."""
     wrapped: nn.Module = accelerator.prepare_model(model, device_placement=False)
     if isinstance(wrapped, nn.parallel.DistributedDataParallel) and reduce_dtype == "float32":
-        wrapped.register_comm_hook(None, _mean_in_float32)
+        # DDP compares a hook's annotations with classes, which those of this module are not: they are text.
+        wrapped.register_comm_hook(None, lambda _, bucket: _mean_in_float32(bucket))  # pyright: ignore[reportArgumentType]
     return wrapped
 
 
-def _mean_in_float32(_: None, bucket: Any) -> torch.futures.Future[Tensor]:
+def _mean_in_float32(bucket: Any) -> torch.futures.Future[Tensor]:
     low = bucket.buffer()
     shares = low.to(torch.float32, copy=True).div_(dist.get_world_size())
     added = dist.all_reduce(shares, async_op=True)
