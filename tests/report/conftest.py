@@ -69,6 +69,10 @@ def audits(strategy: str, steps: int, last: int) -> list[dict[str, Any]]:
     return made
 
 
+def write_records(path: Path, made: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(each) + "\n" for each in made))
+
+
 def write_run(folder: Path, strategy: str, seed: int = 0, **changes: Any) -> Path:
     """Write FOLDER/STRATEGY-seedSEED; `changes` replace entries of run.json, but for `steps`, `last`, `config`,
     `start_loss`, the validation loss before the first step, and `audited`, whether there is an audit.jsonl.
@@ -107,10 +111,13 @@ def write_run(folder: Path, strategy: str, seed: int = 0, **changes: Any) -> Pat
     made = records(strategy, seed, steps, steps if last is None else last)
     if start_loss is not None:
         made.insert(0, {"step": 0, "tokens": 0, "validation_loss": start_loss})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in made))
+    write_records(run / "metrics.jsonl", made)
     if audited:
+        for each in made:
+            each |= {"lost_fraction_hi": 0.8, "v_lost_fraction": 0.4} if "edq_ratio" in each else {}
+        write_records(run / "metrics.jsonl", made)
         found = audits(strategy, steps, steps if last is None else last)
-        (run / "audit.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
+        write_records(run / "audit.jsonl", found)
     return run
 
 

@@ -318,7 +318,7 @@ const Charts = (() => {
     }));
     return {
       data,
-      layout: layout(look, 110 + 32 * rows.length, {
+      layout: layout(look, (look.narrow ? 220 : 110) + 32 * rows.length, {
         uirevision: "memory",
         barmode: "stack",
         bargap: 0.3,
