@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import collage
@@ -49,9 +49,20 @@ def values(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat1
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype)
 
 
+def parameter(value: Tensor, strategy: str) -> nn.Parameter:
+    """A parameter as a strategy keeps it: in tiles where it has such and the value is large enough."""
+    storage = collage.strategies()[strategy].param
+    form = storage.fitted(value.shape) if isinstance(storage, collage.Tiled) else None
+    tiled = form is not None and value.dtype != torch.float32
+    return nn.Parameter(collage.TiledTensor.of(value, form) if tiled else value)
+
+
 def bits(x: Tensor) -> Tensor:
     """The bits in logical order, every nan as one."""
     x = x.detach().contiguous()
+    if x.dtype == torch.float8_e4m3fn:
+        x = x.view(torch.uint8)
+        return torch.where((x & 0x7F) == 0x7F, 0x7F, x)
     if x.is_floating_point():
         x = torch.where(x.isnan(), torch.full_like(x, torch.nan), x)
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
@@ -62,6 +73,8 @@ def snapshot(opt: Optimizer) -> list[tuple[str, torch.dtype, Tensor]]:
     found = []
     for i, param in enumerate(param for group in opt.param_groups for param in group["params"]):
         found.append((f"{i}", param.dtype, bits(param).clone()))
+        for number, part in enumerate(getattr(param, "parts", ())):
+            found.append((f"{i} part {number}", part.dtype, bits(part).clone()))
         for name, value in sorted(opt.state.get(param, {}).items()):
             found.append((f"{i}.{name}", value.dtype, bits(value).clone()))
     return found

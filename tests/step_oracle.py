@@ -143,6 +143,11 @@ STRATEGIES = {
     "compact-4bit": Words("scaled-pair-stochastic", "nearest", moments="fp32"),
     "fp16": Words("scaled-pair-stochastic", "pair-stochastic", moments="bf16"),
     "naive-8bit": Words("nearest", "nearest", moments="fp32"),
+    # Parameters that are not in tiles.
+    "fp8": Words("scaled-pair-stochastic", "nearest", moments="fp32"),
+    "fp8-native": Words("scaled-pair-stochastic", "nearest", moments="fp32"),
+    "fp8-3": Words("master", "nearest", moments="fp32"),
+    "naive-fp8": Words("nearest", "nearest", moments="fp32"),
 }
 # What each serves; 16 bits behind float16 are more than float32 has.
 SERVED = {name: ("bf16", "fp16") for name in STRATEGIES} | {
@@ -150,6 +155,7 @@ SERVED = {name: ("bf16", "fp16") for name in STRATEGIES} | {
     "exact": ("bf16",),
     "exact-fp32-states": ("bf16",),
     "fp16": ("fp16",),
+    **dict.fromkeys(("fp8", "fp8-native", "fp8-3", "naive-fp8"), ("bf16",)),
 }
 CASES = [(name, fmt) for name, formats in SERVED.items() for fmt in formats]
 

@@ -6,8 +6,29 @@ update was lost. Importing this package loads torch and nothing else heavy.
 
 from collage.kernels import Backend, backends
 from collage.metrics import Advice, Audit, advise, audit
-from collage.optim import AdamW, Compensated, Strategy, convert, strategies, to_low_precision
-from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Storage
+from collage.optim import (
+    AdamW,
+    Compensated,
+    GradientRelease,
+    Strategy,
+    convert,
+    join_tiles,
+    split_tiles,
+    strategies,
+    to_fp8_,
+    to_low_precision,
+)
+from collage.storage import (
+    Blockwise,
+    Expansion,
+    Kahan,
+    Master,
+    Remainder,
+    Rounded,
+    Storage,
+    Tiled,
+    TiledTensor,
+)
 from collage.version import __version__
 
 __all__ = [
@@ -18,17 +39,23 @@ __all__ = [
     "Blockwise",
     "Compensated",
     "Expansion",
+    "GradientRelease",
     "Kahan",
     "Master",
     "Remainder",
     "Rounded",
     "Storage",
     "Strategy",
+    "Tiled",
+    "TiledTensor",
     "__version__",
     "advise",
     "audit",
     "backends",
     "convert",
+    "join_tiles",
+    "split_tiles",
     "strategies",
+    "to_fp8_",
     "to_low_precision",
 ]

@@ -13,8 +13,8 @@ from collage import convert
 from comparing import LOW, dtype_of
 
 # Worst error of a parameter as a share of the tensor's largest magnitude: half a unit of the last kept bit.
-NEAREST = ("plain", "stochastic", "fp32-states", "naive-8bit")
-BOUNDS = {**dict.fromkeys(NEAREST, 2**-8), **dict.fromkeys(("mixed", "exact", "exact-fp32-states"), 0.0)}
+NEAREST = ("plain", "stochastic", "fp32-states", "naive-8bit", "naive-fp8")
+BOUNDS = {**dict.fromkeys(NEAREST, 2**-8), **dict.fromkeys(("mixed", "exact", "exact-fp32-states", "fp8-3"), 0.0)}
 BOUNDS |= {"compact": 2**-16, "compact-4bit": 2**-12}
 PAIR_BOUND = 2**-17
 

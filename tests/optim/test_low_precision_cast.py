@@ -14,8 +14,9 @@ import collage
 from comparing import CASES, values
 
 DTYPES = (torch.bfloat16, torch.float16)
-KEEPS_ALL = ("mixed", "exact", "exact-fp32-states")
+KEEPS_ALL = ("mixed", "exact", "exact-fp32-states", "fp8-3")
 KEEPS_MORE = ("kahan", "light", "plus", "light-nearest", "plus-nearest", "compact", "compact-4bit", "fp16")
+KEEPS_MORE += ("fp8", "fp8-native")
 
 
 def model() -> nn.Module:

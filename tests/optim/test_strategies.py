@@ -8,7 +8,7 @@ from torch import nn
 
 import collage
 from collage.optim import resolve
-from comparing import CASES, STRATEGIES, assert_same, dtype_of, values
+from comparing import CASES, STRATEGIES, assert_same, dtype_of, parameter, values
 
 # The design's table: bytes per parameter with a gradient of the parameter's dtype.
 BYTES = {
@@ -28,6 +28,10 @@ BYTES = {
     "compact-4bit": 6.5625,
     "fp16": 12,
     "naive-8bit": 6.0625,
+    "fp8": 4.0625 + 2**-14 + 2,
+    "fp8-native": 4 + 2**-6 + 2**-14 + 2,
+    "fp8-3": 8 + 2**-6 + 2**-14 + 2,
+    "naive-fp8": 3 + 2**-6 + 2**-14 + 2,
 }
 HALF, WIDE = "half", torch.float32
 MOMENTS = {"exp_avg": HALF, "exp_avg_sq": HALF}
@@ -50,11 +54,18 @@ STATE = {
     "compact-4bit": {"param_remainder": torch.uint8, **CODES},
     "fp16": {**LO, **dict.fromkeys(("exp_avg", "exp_avg_sq", "exp_avg_sq_lo"), torch.bfloat16)},
     "naive-8bit": CODES,
+    # Parameters that are not in tiles; tests/optim/test_fp8.py has those that are.
+    "fp8": {**LO, "exp_avg": WIDE, "exp_avg_sq": WIDE},
+    "fp8-native": {**LO, "exp_avg": WIDE, "exp_avg_sq": WIDE},
+    "fp8-3": {"master_param": WIDE, "exp_avg": WIDE, "exp_avg_sq": WIDE},
+    "naive-fp8": {"exp_avg": WIDE, "exp_avg_sq": WIDE},
 }
 # Those that serve several elements with one entry.
 SHARED = {"exp_avg_scale": (64, 1), "exp_avg_sq_scale": (64, 1), "compact-4bit param_remainder": (64, 64)}
-STOCHASTIC = {"stochastic", "light", "plus", "exact", "compact", "compact-4bit", "fp16"}
+STOCHASTIC = {"stochastic", "light", "plus", "exact", "compact", "compact-4bit", "fp16", "fp8", "fp8-native"}
 SHAPE = (64, 128)
+# Tiles are 128 rows high.
+SHAPES = dict.fromkeys(("fp8", "fp8-native", "fp8-3", "naive-fp8"), (128, 128))
 
 
 def stepped(name: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> tuple[nn.Parameter, collage.AdamW]:
@@ -75,9 +86,12 @@ def test_the_table_holds_the_strategies_of_the_design_in_order() -> None:
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_per_param_is_the_designs_and_that_of_the_real_tensors(name: str) -> None:
     dtype = dtype_of(name)
-    param, opt = stepped(name, dtype)
-    assert param.grad is not None
-    tensors = [param, param.grad, *(t for key, t in opt.state[param].items() if key not in ("step", "ordinal"))]
+    param = parameter(values(SHAPES.get(name, SHAPE), 0, dtype), name)
+    opt = collage.AdamW([param], strategy=name)
+    param.grad = values(tuple(param.shape), 1, dtype)
+    opt.step()
+    parts = getattr(param, "parts", [param])
+    tensors = [*parts, param.grad, *(t for key, t in opt.state[param].items() if key not in ("step", "ordinal"))]
     counted = sum(t.numel() * t.element_size() for t in tensors) / param.numel()
     strategy = collage.strategies()[name]
     assert strategy.bytes_per_param(dtype) == BYTES[name] == counted

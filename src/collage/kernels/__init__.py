@@ -115,9 +115,10 @@ def step(batch: Batch, inputs: Inputs, backend: str) -> Tensor | None:
     Returns:
         The sums where ``inputs.audit``: float64 [number of parameters, len(SUMS)], else None.
     """
-    if backend != "eager" and not torch.is_inference_mode_enabled():
-        # Torch's own operations tell autograd of a change; a kernel that is handed addresses must say so itself. Before
-        # the step the parameters' own records are still in the cache.
+    if (backend != "eager" or batch.layout.param.borne) and not torch.is_inference_mode_enabled():
+        # Torch's own operations tell autograd of a change; a kernel that is handed addresses must say so itself, and so
+        # must what changes the components of a parameter that bears them. Before the step the parameters' own records
+        # are still in the cache.
         torch.autograd.graph.increment_version(batch.params)
     return _STEPS[backend](batch, inputs)
 

@@ -65,18 +65,21 @@ class Layout:
         names: dict[str, Component] = {}
         for role, storage in self.roles:
             components = storage.components(dtype)
-            # The leading component of a parameter is the parameter itself.
-            kept = components[1:] if role == "param" else components
+            # The leading component of a parameter is the parameter itself, or it bears all.
+            kept = components if role != "param" else () if storage.borne else components[1:]
             names.update({component.name.format(role=role): component for component in kept})
         return names
 
     def block(self, dtype: torch.dtype) -> int:
         """Elements that are stepped together because they share entries of components; 1 where none do."""
-        return math.lcm(*(each.elements for _, storage in self.roles for each in storage.components(dtype)))
+        return math.lcm(*(each.span for _, storage in self.roles for each in storage.components(dtype)))
 
     def parts(self, role: str, param: Tensor, state: dict[str, Tensor]) -> list[Tensor]:
         """The component tensors of one role, leading one first."""
-        names = getattr(self, role).state_names(role, param.dtype)
+        storage = getattr(self, role)
+        if role == "param" and storage.borne:
+            return [*getattr(param, "parts")]  # noqa: B009  of a TiledTensor
+        names = storage.state_names(role, param.dtype)
         if role == "param":
             return [param, *(state[name] for name in names[1:])]
         return [state[name] for name in names]
@@ -102,7 +105,8 @@ class Batch:
         layout: their storages.
         arithmetic: "fp32" or "working".
         seed: of the random bits.
-        params: contiguous tensors, updated in place; the local part of a sharded parameter.
+        params: contiguous tensors, updated in place; the local part of a sharded parameter. Where the layout's storage
+            is borne by them, tensors with their components as ``parts``.
         states: a dict of contiguous component tensors per parameter, updated in place.
         steps: float32 [number of parameters] on their device: steps taken so far. A backend counts its step in it.
         ordinals: each parameter's place in the optimizer.

@@ -26,8 +26,8 @@ from collage.numerics import (
     sub_rn,
 )
 
-# Elements per piece, less what is no whole block. It divides 2**32, as the blocks of tensors with so many elements do:
-# no piece straddles a boundary of the random keys.
+# Elements per piece, less what is no whole block; a row of tiles where that is more. It divides 2**32, as the blocks of
+# tensors with so many elements do: no piece straddles a boundary of the random keys.
 CHUNK = 1 << 17
 
 Parts = dict[str, list[Tensor]]
@@ -41,20 +41,18 @@ class _Buffers(threading.local):
 
     def take(self, name: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The buffer of this name, as long as ``like``."""
-        key = (name, like.device, dtype)
-        if key not in self._kept:
+        return self._kept_or((name, like.device, dtype), like.numel(), torch.empty)
+
+    def _kept_or(self, key: tuple[str, torch.device, torch.dtype], count: int, make: Callable[..., Tensor]) -> Tensor:
+        if key not in self._kept or self._kept[key].numel() < count:
             # A tensor made in inference mode could not be written outside of it, by any later step of the thread.
             with torch.inference_mode(False):
-                self._kept[key] = torch.empty(CHUNK, dtype=dtype, device=like.device)
-        return self._kept[key][: like.numel()]
+                self._kept[key] = make(max(CHUNK, count), dtype=key[2], device=key[1])
+        return self._kept[key][:count]
 
     def index(self, like: Tensor) -> Tensor:
         """0, 1, 2, ... as int32, as long as ``like``."""
-        key = ("index", like.device, torch.int32)
-        if key not in self._kept:
-            with torch.inference_mode(False):
-                self._kept[key] = torch.arange(CHUNK, dtype=torch.int32, device=like.device)
-        return self._kept[key][: like.numel()]
+        return self._kept_or(("index", like.device, torch.int32), like.numel(), torch.arange)
 
 
 _buffers = _Buffers()
@@ -90,21 +88,17 @@ def _pieces(batch: Batch, inputs: Inputs, number: int) -> Iterator[tuple[Parts, 
     """Flat pieces of one parameter's components and gradient, with the index of their first element."""
     param, state, first = batch.params[number], batch.states[number], batch.firsts[number]
     whole = {
-        role: [
-            (part.view(-1), component.elements)
-            for part, component in zip(
-                batch.layout.parts(role, param, state), storage.components(param.dtype), strict=True
-            )
-        ]
+        role: [*zip(batch.layout.parts(role, param, state), storage.components(param.dtype), strict=True)]
         for role, storage in batch.layout.roles
     }
     grad = inputs.grads[number].view(-1)
-    chunk = CHUNK - CHUNK % batch.layout.block(param.dtype)
+    block = batch.layout.block(param.dtype)
+    chunk = max(CHUNK - CHUNK % block, block)
     start = 0
     while start < param.numel():
         # Pieces end where the whole parameter's would, so that none straddles a boundary of the random keys.
         end = min(start + chunk - (first + start) % chunk, param.numel())
-        piece = {role: [part[start // n : end // n] for part, n in parts] for role, parts in whole.items()}
+        piece = {role: [component.cut(part, start, end) for part, component in parts] for role, parts in whole.items()}
         yield piece, grad[start:end], first + start
         start = end
 
@@ -191,7 +185,7 @@ def _sums(layout: Layout, beta2: float, after: Parts, before: Parts, update: Ten
     """One piece's row of :data:`SUMS`."""
     u = update.to(torch.float64)
     moved = layout.param.moved(after["param"], before["param"])
-    moved_hi = after["param"][0].to(torch.float64) - before["param"][0].to(torch.float64)
+    moved_hi = layout.param.seen(after["param"]) - layout.param.seen(before["param"])
     v = layout.exp_avg_sq.exact(before["exp_avg_sq"])
     decaying = (v > 0) & ((beta2 * v + (1.0 - beta2) * squares - v).abs() > 0)
     moved_v = layout.exp_avg_sq.moved(after["exp_avg_sq"], before["exp_avg_sq"])

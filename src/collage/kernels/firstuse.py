@@ -13,7 +13,7 @@ from torch import Tensor
 
 from collage.kernels import eager
 from collage.kernels.contract import MOMENTS, Batch, Hyper, Inputs
-from collage.storage import Expansion
+from collage.storage import Expansion, Tiled, TiledTensor
 
 _HYPER = Hyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 _SIZES = (33, 70)
@@ -31,7 +31,7 @@ def check(name: str, step: Callable[[Batch, Inputs], Tensor | None], like: Batch
     step(*mine)
     eager.step(*theirs)
     for kept, wanted in zip(_tensors(mine[0]), _tensors(theirs[0]), strict=True):
-        if not torch.equal(kept.cpu(), wanted):
+        if not torch.equal(_integers(kept.cpu()), _integers(wanted)):
             raise RuntimeError(
                 f"backend {name!r} does not step as defined on {device}: it would train wrongly, and nothing has been "
                 "stepped. Is torch.set_flush_denormal on, or another floating-point mode changed? backend='eager' is "
@@ -44,16 +44,20 @@ def check(name: str, step: Callable[[Batch, Inputs], Tensor | None], like: Batch
 def _sample(like: Batch, grad_dtype: torch.dtype, device: torch.device) -> tuple[Batch, Inputs]:
     dtype, components = like.params[0].dtype, like.layout.components(like.params[0].dtype)
     block = like.layout.block(dtype)
-    shapes = [torch.Size((size,)) if block == 1 else torch.Size((rows, block)) for rows, size in enumerate(_SIZES, 2)]
+    param = like.layout.param
+    # Of a parameter in tiles a few rows are a row of tiles that are less high.
+    width = param.width if isinstance(param, Tiled) else block
+    shapes = [torch.Size((size,)) if block == 1 else torch.Size((rows, width)) for rows, size in enumerate(_SIZES, 2)]
     # Of every magnitude from 2^-10 to 1, so that the low parts are not 0.
     values = [
         torch.logspace(-10, 0, shape.numel(), base=2.0, dtype=torch.float64).to(dtype).view(shape) for shape in shapes
     ]
+    params = [value.to(device, copy=True) for value in values]
     batch = Batch(
         layout=like.layout,
         arithmetic=like.arithmetic,
         seed=7,
-        params=[value.to(device, copy=True) for value in values],
+        params=[TiledTensor.of(value, param) for value in params] if isinstance(param, Tiled) else params,
         states=[
             {name: torch.zeros(each.shape(shape), dtype=each.dtype, device=device) for name, each in components.items()}
             for shape in shapes
@@ -68,8 +72,9 @@ def _sample(like: Batch, grad_dtype: torch.dtype, device: torch.device) -> tuple
     for param, state in zip(batch.params, batch.states, strict=True):
         for role in MOMENTS:
             getattr(batch.layout, role).clear(batch.layout.parts(role, param, state))
-        parts = batch.layout.parts("param", param, state)
-        batch.layout.param.store(param.to(torch.float32), parts, None, torch.empty_like(param, dtype=torch.float32))
+        if not batch.layout.param.borne:
+            parts = batch.layout.parts("param", param, state)
+            batch.layout.param.store(param.to(torch.float32), parts, None, torch.empty_like(param, dtype=torch.float32))
     grads = [
         torch.linspace(-1, 1, shape.numel(), dtype=torch.float64).to(device, grad_dtype).view(shape) for shape in shapes
     ]
@@ -77,7 +82,14 @@ def _sample(like: Batch, grad_dtype: torch.dtype, device: torch.device) -> tuple
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    return [*batch.params, *(tensor for state in batch.states for tensor in state.values()), batch.steps]
+    borne = batch.layout.param.borne
+    params = [part for param in batch.params for part in (getattr(param, "parts") if borne else [param])]  # noqa: B009
+    return [*params, *(tensor for state in batch.states for tensor in state.values()), batch.steps]
+
+
+def _integers(tensor: Tensor) -> Tensor:
+    """Torch compares no 8-bit numbers that are not integers."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def _check_sum(stepped: tuple[Batch, Inputs], before: list[Tensor]) -> None:

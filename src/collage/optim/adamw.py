@@ -313,8 +313,10 @@ class AdamW(Optimizer):
             here, parts = local(param.detach()), local_parts(layout, param, state)
             for role in MOMENTS:
                 getattr(layout, role).clear(parts[role])
-            full = (here if value is None else local(value)).to(torch.float32, copy=True).contiguous()
-            layout.param.store(full, parts["param"], None, torch.empty_like(full))
+            # A parameter that bears its components holds its value already.
+            if not layout.param.borne:
+                full = (here if value is None else local(value)).to(torch.float32, copy=True).contiguous()
+                layout.param.store(full, parts["param"], None, torch.empty_like(full))
         self.state[param] = state
 
     # ---- what people ask of it -------------------------------------------------------------------------------------
@@ -336,11 +338,11 @@ class AdamW(Optimizer):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         for group in self.param_groups:
             if any(each is param for each in group["params"]):
-                state = self.state.get(param)
-                if not state:
+                layout, state = layout_of(group["strategy"], param), self.state.get(param)
+                if not state and not layout.param.borne:
                     return param.detach().to(dtype, copy=True)
-                layout = layout_of(group["strategy"], param)
-                held = layout.param.exact(local_parts(layout, param, state)["param"]).to(dtype)
+                parts = [local(part) for part in layout.parts("param", local(param.detach()), state or {})]
+                held = layout.param.exact(parts).to(dtype)
                 return placed_as(held, param)
         raise ValueError("full_param takes a parameter of this optimizer; this tensor is in none of its groups")
 

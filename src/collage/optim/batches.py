@@ -88,12 +88,14 @@ class Together:
             (local(m.param), copy) for m, copy in zip(members, whole, strict=True) if not local(m.param).is_contiguous()
         ]
         device = local(first.param).device
+        self._borne = first.layout.param.borne
         kept = [local(state[name]) for state in states for name in names]
         # Tensors of one storage move together: one of them stands for all.
         storages = {tensor.untyped_storage()._cdata: tensor for tensor in kept} if _have_memory(kept) else {}
-        self._watched = [*self.params, *(storages.values() or kept)]
+        self._watched = [*(() if self._borne else self.params), *(storages.values() or kept)]
         self.backend = kernels.choose(first.layout, first.arithmetic, first.param.dtype, device, options["backend"])
-        if self.backend != "eager" and not _have_memory([*whole, *map(local, self._watched)]):
+        stepped = [part for param in whole for part in getattr(param, "parts")] if self._borne else whole  # noqa: B009
+        if self.backend != "eager" and not _have_memory([*stepped, *map(local, self._watched)]):
             # Tensor subclasses that compute what they are; torch operations can step them, addresses cannot.
             if options["backend"] is not None:
                 raise ValueError(
@@ -142,16 +144,18 @@ class Together:
         owners = range(len(self.members)) if self.owners is None else self.owners
         return ((owner, self.members[owner]) for owner in owners)
 
-    def cut(self, tensors: Sequence[Tensor], elements: int = 1) -> list[Tensor]:
-        """The runs of the members' local tensors, an entry of which serves so many elements."""
+    def cut(self, tensors: Sequence[Tensor], component: Component | None = None) -> list[Tensor]:
+        """The runs of the members' local tensors, of parameters and gradients, or of a component of theirs."""
         if self._slices is None:
             return list(tensors)
-        return [tensors[owner].view(-1)[begin // elements : end // elements] for owner, begin, end in self._slices]
+        if component is None:
+            return [tensors[owner].view(-1)[begin:end] for owner, begin, end in self._slices]
+        return [component.cut(tensors[owner], begin, end) for owner, begin, end in self._slices]
 
     def _cut_states(self, states: list[dict[str, Tensor]], components: dict[str, Component]) -> list[dict[str, Tensor]]:
         # Detached, so that memory that is written lives even if somebody exchanges a tensor's data.
         columns = [
-            self.cut([local(state[name]).detach() for state in states], component.elements)
+            self.cut([local(state[name]).detach() for state in states], component)
             for name, component in components.items()
         ]
         return [dict(zip(components, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -167,7 +171,10 @@ class Together:
         return counts
 
     def _look(self) -> list[int]:
-        return list(map(Tensor.data_ptr, map(local, self._watched) if self.sharded else self._watched))
+        watched = map(local, self._watched) if self.sharded else self._watched
+        if self._borne:
+            watched = chain(watched, *(attrgetter("parts")(local(param)) for param in self.params))
+        return list(map(Tensor.data_ptr, watched))
 
     def _look_at_order(self) -> list[bool]:
         return list(map(Tensor.is_contiguous, map(local, self.params) if self.sharded else self.params))
@@ -226,11 +233,18 @@ def _like(examples: list[Tensor]) -> Callable[..., bool]:
 def _check_blocks(members: list[Member], pieces: list[tuple[int, int, int, int]], block: int) -> None:
     """Raises ValueError where a parameter is sharded so that a block of its elements is cut."""
     for owner, first, begin, end in pieces:
-        if any(place % block for place in (first, begin, end)):
+        last = first + end - begin == members[owner].param.numel()
+        if any(place % block for place in (first, begin, block if last else end)):
+            tiled = members[owner].layout.param.borne
+            other = (
+                "give collage.to_fp8_ the number of shards"
+                if tiled
+                else "take a strategy without blocks such as 'plus'"
+            )
             raise ValueError(
                 f"{called(members[owner].name)} is sharded so that elements {first} to {first + end - begin - 1} are "
                 f"here, which are no whole blocks of {block}, as its strategy keeps them; shard it along its first "
-                "dimension, or take a strategy without blocks, such as 'plus'"
+                f"dimension, or {other}"
             )
 
 

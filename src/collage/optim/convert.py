@@ -17,7 +17,7 @@ from torch import Tensor
 
 from collage.kernels import Layout
 from collage.optim.strategies import Strategy, layout_of, resolve
-from collage.storage import Storage
+from collage.storage import Storage, Tiled, TiledTensor, form_of
 
 OWN_OPTIONS = ("strategy", "arithmetic", "backend", "seed")
 
@@ -46,6 +46,7 @@ def from_fp32(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     names: Sequence[str] | None = None,
+    like: Mapping[str, Tensor] | None = None,
 ) -> Conversion:
     """A float32 checkpoint as one of ``collage.AdamW(strategy=...)`` on a model of ``dtype``.
 
@@ -58,21 +59,25 @@ def from_fp32(
         seed: of the strategy's stochastic roundings from here on.
         names: the parameters' names in the optimizer's order; needed where the optimizer was not constructed on named
             parameters and the model's state has other entries too.
+        like: the ``state_dict()`` of a model that :func:`collage.to_fp8_` has converted: what it keeps in tiles the
+            conversion keeps in such tiles. None: nothing.
 
     Raises:
         ValueError: entries that do not fit each other, moments that AdamW does not keep (amsgrad).
     """
     record = resolve(strategy)
     low = {name: tensor.detach().clone() for name, tensor in model.items()}
+    forms = {name: form_of(tensor) for name, tensor in (like or {}).items()}
     if optimizer is None:
         for name, tensor in low.items():
-            low[name] = _rounded(tensor, record, dtype) if tensor.dtype == torch.float32 else tensor
+            rounds = tensor.dtype == torch.float32
+            low[name] = _rounded(tensor, record, dtype, forms.get(name)) if rounds else tensor
         return Conversion(low, None, _worst_of(model, low))
     worst = {"param": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
     state: dict[Any, dict[str, Tensor]] = {}
     for ordinal, (key, name) in enumerate(_named_keys(model, optimizer, names)):
         entry = _fp32_entry(optimizer["state"].get(key), model[name], name)
-        param, state[key], errors = _encode(record, dtype, entry, ordinal)
+        param, state[key], errors = _encode(record, dtype, entry, ordinal, forms.get(name))
         worst = {role: max(worst[role], errors[role]) for role in worst}
         for same in _tied(model, name):
             low[same] = param
@@ -96,7 +101,7 @@ def to_fp32(
     Raises:
         ValueError: entries that do not fit each other.
     """
-    full = {name: t.detach().to(torch.float32, copy=True) if _low(t) else t.clone() for name, t in model.items()}
+    full = {name: _full(tensor.detach()) for name, tensor in model.items()}
     if optimizer is None:
         return Conversion(full, None)
     records = {key: resolve(group["strategy"]) for group in optimizer["param_groups"] for key in group["params"]}
@@ -114,8 +119,12 @@ def to_fp32(
     return Conversion(full, {"state": state, "param_groups": groups})
 
 
-def _low(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.bfloat16, torch.float16)
+def _full(tensor: Tensor) -> Tensor:
+    """A new tensor: float32 of a low-precision one, which in tiles holds more than it shows."""
+    if isinstance(tensor, TiledTensor):
+        return tensor.exact()
+    low = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.to(torch.float32, copy=True) if low else tensor.clone()
 
 
 def _decode(layout: Layout, role: str, param: Tensor, entry: dict[str, Tensor]) -> Tensor:
@@ -123,12 +132,12 @@ def _decode(layout: Layout, role: str, param: Tensor, entry: dict[str, Tensor]) 
 
 
 def _encode(
-    strategy: Strategy, dtype: torch.dtype, entry: dict[str, Tensor], ordinal: int
+    strategy: Strategy, dtype: torch.dtype, entry: dict[str, Tensor], ordinal: int, form: Tiled | None
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
     """One parameter's components from its float32 values; and the error of each logical tensor."""
     # What the strategy fixes (fp32) stays as it is fixed.
     own = strategy.param_dtype(dtype)
-    param = torch.empty_like(entry["param"], dtype=own)
+    param = _rounded(entry["param"], strategy, own, form)
     layout = layout_of(strategy, param)
     state = {"step": entry["step"].clone()}
     if layout.stochastic:
@@ -154,14 +163,16 @@ def _share(stored: Tensor, wanted: Tensor) -> float:
     return (stored.to(torch.float64) - wanted.to(torch.float64)).abs().max().item() / size if size else 0.0
 
 
-def _rounded(tensor: Tensor, strategy: Strategy, dtype: torch.dtype) -> Tensor:
-    """Rounded to nearest into the dtype in which the strategy's model is."""
+def _rounded(tensor: Tensor, strategy: Strategy, dtype: torch.dtype, form: Tiled | None) -> Tensor:
+    """Rounded to nearest into the dtype in which the strategy's model is, or into tiles."""
+    if form is not None:
+        return TiledTensor.of(tensor, form)
     out = torch.empty_like(tensor, dtype=strategy.param_dtype(dtype))
     return out.copy_(tensor)
 
 
 def _worst_of(wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, float]:
-    errors = [_share(stored[name], t) for name, t in wanted.items() if t.dtype == torch.float32]
+    errors = [_share(_full(stored[name]), t) for name, t in wanted.items() if t.dtype == torch.float32]
     return {"param": max(errors, default=0.0)}
 
 
@@ -188,8 +199,12 @@ def _tied(model: Mapping[str, Tensor], name: str) -> Iterator[str]:
     """The names under which the state holds this very tensor."""
     tensor = model[name]
     for other, candidate in model.items():
-        if other == name or (candidate.data_ptr() == tensor.data_ptr() != 0 and candidate.shape == tensor.shape):
+        if other == name or (_address(candidate) == _address(tensor) != 0 and candidate.shape == tensor.shape):
             yield other
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.hi.data_ptr() if isinstance(tensor, TiledTensor) else tensor.data_ptr()
 
 
 def _named_keys(

@@ -35,7 +35,8 @@ def local(tensor: Any) -> Tensor:
 
 def local_parts(layout: Layout, param: Tensor, state: dict[str, Tensor]) -> dict[str, list[Tensor]]:
     """The local components of each role."""
-    return {role: list(map(local, layout.parts(role, param.detach(), state))) for role, _ in layout.roles}
+    here = local(param.detach())
+    return {role: list(map(local, layout.parts(role, here, state))) for role, _ in layout.roles}
 
 
 def new_component(param: Any, component: Component) -> Tensor:

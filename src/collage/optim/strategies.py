@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from collage.kernels import ROLES, Layout
-from collage.numerics import BF16, FP16, FP32, Format
-from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Storage
+from collage.numerics import BF16, E4M3FN, FP16, FP32, Format
+from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Storage, Tiled, form_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Strategy:
         exp_avg_sq: storage of its second moment v.
         summary: one line for people; no part of the comparison of strategies.
         small: what keeps the parameters that one of the storages cannot keep, or None if they keep all. For storages in
-            blocks these are parameters of one dimension, of less than 4,096 elements, and those whose rows (all behind
-            the first dimension) no even number of 32 to 128 divides.
+            blocks or tiles these are parameters of one dimension, of less than 4,096 elements, and those whose rows
+            (all behind the first dimension) no even number of 32 to 128 divides; where parameters are kept in tiles,
+            also those that :func:`collage.to_fp8_` has not put there.
 
     Storages whose format is None take the parameter's own.
     """
@@ -38,12 +39,13 @@ class Strategy:
     summary: str = field(default="", compare=False)
     small: Strategy | None = None
 
-    def layout(self, dtype: torch.dtype, shape: torch.Size | None = None) -> Layout:
+    def layout(self, dtype: torch.dtype, shape: torch.Size | None = None, form: Tiled | None = None) -> Layout:
         """The storages for parameters of ``dtype``: a float32 parameter steps as plain float32 whatever the strategy.
 
         Args:
             dtype: of the parameters.
             shape: of the whole parameter. None: one that every storage can keep, in blocks of their nominal size.
+            form: how the parameter is kept, if it bears its components (:func:`collage.to_fp8_`).
 
         Raises:
             ValueError: the strategy cannot serve parameters of this dtype or shape.
@@ -65,15 +67,27 @@ class Strategy:
         nominal = (self.param, self.exp_avg, self.exp_avg_sq)
         if shape is None:
             return Layout(*nominal)
+        if form is not None:
+            self._check_form(form)
         param, exp_avg, exp_avg_sq = (storage.fitted(shape) for storage in nominal)
+        if self.param.borne:
+            param = form
         if param is not None and exp_avg is not None and exp_avg_sq is not None:
             return Layout(param, exp_avg, exp_avg_sq)
-        if self.small is None:
+        if self.small is None or form is not None:
             raise ValueError(
                 f"strategy {self.name!r} cannot keep a parameter of shape {tuple(shape)} and names no strategy for "
                 "small parameters; give Strategy(..., small=...), for example collage.strategies()['fp32-states']"
             )
         return self.small.layout(dtype, shape)
+
+    def _check_form(self, form: Tiled) -> None:
+        """Raises ValueError unless parameters in tiles are kept as this strategy keeps them."""
+        if not isinstance(self.param, Tiled) or form.of != self.param.of:
+            raise ValueError(
+                f"strategy {self.name!r} keeps no parameters in tiles of {form.of}; take the strategy that "
+                "collage.to_fp8_ was given, or give this one to it"
+            )
 
     def param_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of a model's parameters where ``dtype`` is wanted: that, or the one that the strategy fixes.
@@ -82,7 +96,7 @@ class Strategy:
             ValueError: the strategy cannot serve parameters of this dtype.
         """
         try:
-            return self.param.components(dtype)[0].dtype
+            return self.param.param_dtype(dtype)
         except ValueError as error:
             raise ValueError(f"strategy {self.name!r} cannot serve parameters of {dtype}: {error}") from error
 
@@ -98,7 +112,7 @@ class Strategy:
         # A float32 parameter steps as plain float32, see layout(); the strategy "fp32" counts as such for any dtype.
         storages = [_NEAREST if dtype == torch.float32 else getattr(self, role) for role in ROLES]
         stored = sum(storage.bytes_per_element(dtype) for storage in storages)
-        return stored + (storages[0].components(dtype)[0].dtype.itemsize if grad else 0)
+        return stored + (storages[0].param_dtype(dtype).itemsize if grad else 0)
 
     @property
     def has_working_arithmetic(self) -> bool:
@@ -109,32 +123,45 @@ class Strategy:
         """Plain types only, for checkpoints and run files."""
         record: dict[str, Any] = {"name": self.name, "summary": self.summary}
         for role in ROLES:
-            storage = getattr(self, role)
-            settings = {f.name: getattr(storage, f.name) for f in fields(storage)}
-            plain = {key: value.name if isinstance(value, Format) else value for key, value in settings.items()}
-            record[role] = {"storage": type(storage).__name__, **plain}
+            record[role] = plain(getattr(self, role))
         return record if self.small is None else {**record, "small": self.small.to_dict()}
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> Strategy:
         """The inverse of :meth:`to_dict`."""
-        storages = {}
-        for role in ROLES:
-            settings = dict(record[role])
-            storages[role] = _STORAGES[settings.pop("storage")](**settings)
+        storages = {role: from_plain(record[role]) for role in ROLES}
         small = Strategy.from_dict(record["small"]) if "small" in record else None
         return Strategy(record["name"], **storages, summary=record.get("summary", ""), small=small)
 
 
+def plain(storage: Storage) -> dict[str, Any]:
+    """A storage's record in plain types."""
+    found: dict[str, Any] = {"storage": type(storage).__name__}
+    for each in fields(storage):  # pyright: ignore[reportArgumentType] - every storage is a dataclass
+        value = getattr(storage, each.name)
+        inner = plain(value) if isinstance(value, Storage) else value
+        found[each.name] = value.name if isinstance(value, Format) else inner
+    return found
+
+
+def from_plain(record: dict[str, Any]) -> Storage:
+    """The inverse of :func:`plain`."""
+    settings = {key: from_plain(value) if isinstance(value, dict) else value for key, value in record.items()}
+    kind = _STORAGES[record["storage"]]
+    return kind(**{name: value for name, value in settings.items() if name != "storage"})
+
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-_KINDS = (Rounded, Expansion, Kahan, Master, Remainder, Blockwise)
+_KINDS = (Rounded, Expansion, Kahan, Master, Remainder, Blockwise, Tiled)
 _STORAGES: dict[str, type[Storage]] = {each.__name__: each for each in _KINDS}
 _NEAREST = Rounded()
 _FP32 = Rounded(FP32)
 _UNBIASED = Expansion(2, rounding="stochastic")
 _UNBIASED_SCALED = Expansion(2, rounding="stochastic", scaled=True)
 _CODES = (Blockwise("softsign"), Blockwise("root4"))
+_E4M3 = Rounded(E4M3FN)
 _WIDE = Strategy("wide", _UNBIASED_SCALED, _FP32, _FP32, "hi + lo, lo unbiased, with float32 moments")
+_WIDE_NEAREST = Strategy("wide-nearest", _NEAREST, _FP32, _FP32, "parameter to nearest, float32 moments")
 
 _TABLE = (
     Strategy("plain", _NEAREST, _NEAREST, _NEAREST, "everything to nearest: loses small updates (paper: A)"),
@@ -178,7 +205,38 @@ _TABLE = (
         Blockwise("softsign", rounding="nearest"),
         Blockwise("root4", rounding="nearest"),
         "for study: moments in 8 bits, everything to nearest",
-        Strategy("wide-nearest", _NEAREST, _FP32, _FP32, "parameter to nearest, float32 moments"),
+        _WIDE_NEAREST,
+    ),
+    Strategy(
+        "fp8",
+        Tiled(Remainder(8, E4M3FN, "stochastic")),
+        *_CODES,
+        "float8 parameter with an 8-bit remainder (collage.to_fp8_), moments in 8 bits, unbiased",
+        _WIDE,
+    ),
+    Strategy(
+        "fp8-native",
+        Tiled(Expansion(2, E4M3FN, "stochastic", scaled=True)),
+        Tiled(_E4M3, rows=1),
+        Tiled(Rounded(E4M3FN, "stochastic"), rows=1, root=True),
+        "everything in float8: parameter as hi + lo, lo unbiased (collage.to_fp8_), m, root of v unbiased",
+        _WIDE,
+    ),
+    Strategy(
+        "fp8-3",
+        Tiled(Expansion(3, E4M3FN, scaled=True)),
+        Tiled(Expansion(2, E4M3FN, scaled=True), rows=1),
+        Tiled(Expansion(3, E4M3FN, scaled=True), rows=1, root=True),
+        "float8 parameter and root of v as three numbers, m as two, to nearest (collage.to_fp8_)",
+        Strategy("wide-master", Master(), _FP32, _FP32, "float32 master copy and moments"),
+    ),
+    Strategy(
+        "naive-fp8",
+        Tiled(_E4M3),
+        Tiled(_E4M3, rows=1),
+        Tiled(_E4M3, rows=1, root=True),
+        "for study: parameter (collage.to_fp8_), m and root of v as lone float8 numbers, to nearest",
+        _WIDE_NEAREST,
     ),
 )
 
@@ -190,12 +248,12 @@ def strategies() -> dict[str, Strategy]:
 
 def layout_of(strategy: str | Strategy | dict[str, Any], param: Tensor) -> Layout:
     """The storages of one parameter: of the whole of it, where it is sharded."""
-    return _layout(resolve(strategy), param.dtype, param.shape)
+    return _layout(resolve(strategy), param.dtype, param.shape, form_of(param))
 
 
 @lru_cache(maxsize=4096)
-def _layout(strategy: Strategy, dtype: torch.dtype, shape: torch.Size) -> Layout:
-    return strategy.layout(dtype, shape)
+def _layout(strategy: Strategy, dtype: torch.dtype, shape: torch.Size, form: Tiled | None) -> Layout:
+    return strategy.layout(dtype, shape, form)
 
 
 def resolve(strategy: str | Strategy | dict[str, Any]) -> Strategy:

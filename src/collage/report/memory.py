@@ -22,12 +22,13 @@ def split(strategy: Strategy, dtype: torch.dtype, gradient: float | None = None)
     Args:
         strategy: the strategy's record.
         dtype: of the model's parameters.
-        gradient: bytes of one gradient element; None: as the weight.
+        gradient: bytes of one gradient element; None: as of the parameter's dtype.
     """
     roles = [storage.components(dtype) for storage in (strategy.param, strategy.exp_avg, strategy.exp_avg_sq)]
     weight, m, v = (components[0].bytes_per_element for components in roles)
     extras = sum(each.bytes_per_element for components in roles for each in components[1:])
-    return dict(zip(PARTS, (weight, weight if gradient is None else gradient, m, v, extras), strict=True))
+    own = strategy.param.param_dtype(dtype).itemsize if gradient is None else gradient
+    return dict(zip(PARTS, (weight, own, m, v, extras), strict=True))
 
 
 def group_split(group: Group) -> dict[str, float]:

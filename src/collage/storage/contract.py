@@ -31,23 +31,38 @@ class Component:
             ``exp_avg``, ``exp_avg_sq``). The leading component of a parameter is the parameter itself and stands in no
             state.
         dtype: its torch dtype.
-        elements: how many elements of the logical tensor one entry serves (1, or the size of a block). Those of one
-            entry are consecutive and of one row.
+        elements: how many consecutive elements of a row one entry serves (1, or the size of a block).
+        rows: how many rows it serves: 1, or the height of a tile; a tensor's last tiles may be less high.
+        width: elements of a row, where an entry serves several rows.
     """
 
     name: str
     dtype: torch.dtype
     elements: int = 1
+    rows: int = 1
+    width: int = 0
 
     @property
     def bytes_per_element(self) -> float:
         """Bytes that one element of the logical tensor takes in this component."""
-        return self.dtype.itemsize / self.elements
+        return self.dtype.itemsize / (self.elements * self.rows)
+
+    @property
+    def span(self) -> int:
+        """Consecutive elements of the tensor that are stepped together: a block, or a row of tiles."""
+        return self.elements if self.rows == 1 else self.rows * self.width
 
     def shape(self, whole: torch.Size) -> tuple[int, ...]:
-        """Its shape for a logical tensor of the shape ``whole``: the same, or [rows, entries of a row], so that it is
-        sharded along the first dimension as the tensor is."""
-        return tuple(whole) if self.elements == 1 else (whole[0], row_length(whole) // self.elements)
+        """Its shape for a logical tensor of the shape ``whole``: the same, or [rows of entries, entries of a row], so
+        that it is sharded along the first dimension as the tensor is."""
+        if self.elements == 1:
+            return tuple(whole)
+        return (-(-whole[0] // self.rows), row_length(whole) // self.elements)
+
+    def cut(self, part: Tensor, start: int, end: int) -> Tensor:
+        """The entries, flat, of a tensor's elements from ``start`` to ``end``: whole spans, but for a tensor's end."""
+        entries = 1 if self.rows == 1 else self.width // self.elements
+        return part.view(-1)[start // self.span * entries : -(-end // self.span) * entries]
 
 
 class Storage(ABC):
@@ -70,6 +85,24 @@ class Storage(ABC):
     @abstractmethod
     def components(self, dtype: torch.dtype) -> tuple[Component, ...]:
         """The components, leading one first, for parameters of ``dtype``."""
+
+    @property
+    def borne(self) -> bool:
+        """Whether a parameter bears all components itself (:class:`collage.storage.TiledTensor`): none of them stands
+        in ``optimizer.state``, and the parameter's own dtype is none of theirs."""
+        return False
+
+    def param_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a parameter that is kept so, where ``dtype`` is wanted.
+
+        Raises:
+            ValueError: it cannot be kept so.
+        """
+        return self.components(dtype)[0].dtype
+
+    def seen(self, parts: Parts) -> Tensor:
+        """What a model reads of a parameter that these components keep: float64."""
+        return parts[0].to(torch.float64)
 
     @property
     def stochastic(self) -> bool:

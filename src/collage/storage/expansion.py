@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from collage.numerics import (
+    E4M3FN,
+    E5M2,
     FP16,
     format_of,
     from_wide,
@@ -17,6 +19,9 @@ from collage.numerics import (
     round_stochastic_into,
 )
 from collage.storage.contract import Component, FormatLike, Parts, Storage, check_rounding, operand
+
+# Formats with so few exponents that a residual of theirs has no room for its bits.
+_NARROW = (FP16, E4M3FN, E5M2)
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class Expansion(Storage):
         n: number of components, 2 to 4.
         format: see :class:`Storage`.
         rounding: of the last component: "nearest" or "stochastic".
-        scaled: whether a float16 lo is kept times 2**11, which makes it as large as hi: unscaled it is subnormal from
-            hi = 1/4 down, and its last bit is 2**-24 for every smaller hi. Other formats have the room and are not
-            scaled. Two components alone.
+        scaled: whether each component of float16 is kept times 2**11 against the one before it (of e4m3fn times 2**4,
+            of e5m2 times 2**3), which makes it as large: an unscaled float16 lo is subnormal from hi = 1/4 down, and
+            its last bit is 2**-24 for every smaller hi. Other formats have the room and are not scaled.
     """
 
     n: int = 2
@@ -48,8 +53,6 @@ class Expansion(Storage):
         check_rounding(self.rounding)
         if self.n not in (2, 3, 4):
             raise ValueError(f"an expansion has 2, 3 or 4 components, got {self.n}")
-        if self.scaled and self.n != 2:
-            raise ValueError(f"a scaled expansion has 2 components, got {self.n}")
 
     @property
     def stochastic(self) -> bool:
@@ -69,9 +72,9 @@ class Expansion(Storage):
     def load(self, parts: Parts, out: Tensor) -> Tensor:
         """``RN32(hi + RN32(lo + ...))``: exact for what a store from float32 wrote."""
         out.copy_(parts[-1])
-        if self.scaled:
-            out.mul_(1.0 / self._factor(parts))
         for part in reversed(parts[:-1]):
+            if self.scaled:
+                out.mul_(1.0 / self._factor(parts))
             out.add_(operand(part))
         return out
 
@@ -81,26 +84,29 @@ class Expansion(Storage):
         # The rounded sum is a number of float32, since each component is a multiple of the last unit of ``value``;
         # splitting it again settles the ties of hi that rounding lo made.
         total = self.load(parts, out=scratch)
-        if self.n > 2:
+        if self.n > 2 and not self.scaled:
             return self._write(parts, from_wide(total, format_of(parts[0]), self.n))
-        round_into(total, parts[0])
-        self._subtract_(total, parts[0])
-        round_into(self._scale_(total, parts), parts[1])
+        for part in parts[:-1]:
+            round_into(total, part)
+            self._subtract_(total, part)
+            self._scale_(total, parts)
+        round_into(total, parts[-1])
 
     def _round(self, value: Tensor, parts: Parts, bits: Tensor | None, scratch: Tensor) -> None:
         """Rounds greedily, component by component."""
         for part in parts[:-1]:
             round_into(value, part)
             self._subtract_(value, part)
-        self._scale_(value, parts)
+            self._scale_(value, parts)
         if bits is None:
             round_into(value, parts[-1])
         else:
             round_stochastic_into(value, parts[-1], bits, scratch)
 
     def _factor(self, parts: Parts) -> float:
-        """What lo is kept times: a power of two."""
-        return 2.0**FP16.precision if self.scaled and parts[-1].dtype == torch.float16 else 1.0
+        """What a component is kept times against the one before it: a power of two."""
+        fmt = format_of(parts[-1])
+        return 2.0**fmt.precision if self.scaled and fmt in _NARROW else 1.0
 
     def _scale_(self, value: Tensor, parts: Parts) -> Tensor:
         """``value`` as lo is kept. Exact: a residual is far from overflow."""
@@ -113,16 +119,16 @@ class Expansion(Storage):
 
     def exact(self, parts: Parts) -> Tensor:
         """The sum, from the smallest component up."""
-        total = parts[-1].to(torch.float64) / self._factor(parts)
+        total = parts[-1].to(torch.float64)
         for part in reversed(parts[:-1]):
-            total = total + part.to(torch.float64)
+            total = total / self._factor(parts) + part.to(torch.float64)
         return total
 
     def moved(self, new: Parts, old: Parts) -> Tensor:
         """Sum of the components' own differences: a change far below hi is not rounded away by hi."""
-        total = (new[-1].to(torch.float64) - old[-1].to(torch.float64)) / self._factor(new)
+        total = new[-1].to(torch.float64) - old[-1].to(torch.float64)
         for after, before in zip(reversed(new[:-1]), reversed(old[:-1]), strict=True):
-            total = total + (after.to(torch.float64) - before.to(torch.float64))
+            total = total / self._factor(new) + (after.to(torch.float64) - before.to(torch.float64))
         return total
 
     def working_add(self, parts: Parts, update: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints without pickle, written aside and renamed: a folder that bears its final name is whole.
 
-step-000120/model.safetensors       the weights the model computes with, and config.json: transformers can load it
+step-000120/model.safetensors       the weights the model computes with, and config.json: transformers can load it;
+                                    weights in tiles as their components (collage.split_tiles)
 step-000120/optimizer.safetensors   every tensor of the optimizer's state, as "index.name"
 step-000120/optimizer.json          the parameter groups
 step-000120/trainer.json            step, settings, loss scale, where a streamed text was read up to
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import Optimizer
 
+import collage
 from collage.train.config import TrainConfig, UserError, resumed
 from collage.train.runfiles import write_json
 
@@ -160,7 +162,7 @@ def trainer_facts(progress: Progress, config: TrainConfig) -> dict[str, Any]:
 
 def write(folder: Path, saved: Saved, model_json: str) -> None:
     """Write the files of a checkpoint that isn't sharded; `model_json` is the configuration of its model."""
-    save_file(saved.weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(collage.split_tiles(saved.weights), folder / "model.safetensors", metadata={"format": "pt"})
     tensors = {
         f"{index}.{name}": tensor.cpu()
         for index, entry in saved.optimizer["state"].items()
@@ -255,7 +257,7 @@ _Read = tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]]]
 
 
 def _read_files(path: Path, groups: list[dict[str, Any]], remedy: str) -> _Read:
-    weights = _read_tensors(path / "model.safetensors", remedy)
+    weights = collage.join_tiles(_read_tensors(path / "model.safetensors", remedy))
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in _read_tensors(path / "optimizer.safetensors", remedy).items():
         index, _, name = key.partition(".")

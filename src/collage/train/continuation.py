@@ -287,6 +287,7 @@ def start(config: TrainConfig, model: torch.nn.Module, optimizer: collage.AdamW)
             dtype=getattr(torch, config.dtype),
             seed=config.seed,
             names=names,
+            like=model.state_dict(),
         )
         assert low.optimizer is not None
         checkpoints.load_weights(model, low.model)

@@ -100,6 +100,8 @@ class _Run:
             self.weights.to(self.device)  # pyright: ignore[reportArgumentType] - wrapped by transformers
         if config.model_dtype != torch.float32:
             collage.to_low_precision(self.weights, config.model_dtype)
+        if collage.strategies()[config.strategy].param.borne:
+            collage.to_fp8_(self.weights, config.strategy)
         self.optimizer = collage.AdamW(
             parameter_groups(self.weights, config.weight_decay),
             lr=config.lr,
