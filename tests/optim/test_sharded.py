@@ -13,7 +13,8 @@ from torch import nn
 from collage.optim.sharding import runs
 from comparing import LOW, values
 
-WORKER = Path(__file__).with_name("sharded_worker.py")
+WORKER, FP8_WORKER = (Path(__file__).with_name(name) for name in ("sharded_worker.py", "sharded_fp8_worker.py"))
+FP8 = ["fp8", "fp8-native", "fp8-3"]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -22,20 +23,13 @@ ENVIRONMENT = {
 }
 
 
-def test_two_processes_with_sharded_parameters_have_the_bits_of_one() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(WORKER),
-        *LOW,
-    ]
+@pytest.mark.parametrize(("worker", "strategies"), [(WORKER, LOW), (FP8_WORKER, FP8)], ids=["any", "tiles"])
+def test_two_processes_with_sharded_parameters_have_the_bits_of_one(worker: Path, strategies: list[str]) -> None:
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *run, str(worker), *strategies]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:-1] == [f"{name}: equal" for name in LOW]
+    assert done.stdout.split("\n")[:-1] == [f"{name}: equal" for name in strategies]
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4)])

@@ -139,7 +139,9 @@ def test_zeros_have_the_scale_one_and_clear_is_a_store_of_them(storage: Tiled) -
     assert parts[-1][0, 0] == 127
     cleared = new_parts(storage)
     storage.clear(cleared)
-    assert all(torch.equal(bits_of(a), bits_of(b)) for a, b in zip(cleared, stored(storage, torch.zeros_like(x)), strict=True))
+    assert all(
+        torch.equal(bits_of(a), bits_of(b)) for a, b in zip(cleared, stored(storage, torch.zeros_like(x)), strict=True)
+    )
 
 
 @every_form

@@ -12,6 +12,7 @@ from collage import kernels
 from collage.numerics import format_of
 from collage.optim.batches import called
 from collage.optim.strategies import Strategy, layout_of, resolve, strategies
+from collage.storage import form_of
 
 ARITHMETICS = ("fp32", "working")
 
@@ -70,6 +71,22 @@ def check_group(group: dict[str, Any]) -> None:
         layout_of(strategy, param)
         check_working_eps(group, param.dtype)
     _warn_of_underflow(group, strategy)
+    _warn_of_untiled(group, strategy)
+
+
+def _warn_of_untiled(group: dict[str, Any], strategy: Strategy) -> None:
+    """Warns of large parameters in 16 bits where the strategy's point is that there are none."""
+    if not strategy.param.borne:
+        return
+    low = [p for p in group["params"] if p.dtype == torch.bfloat16 and form_of(p) is None]
+    count = sum(strategy.param.fitted(p.shape) is not None for p in low)
+    if count:
+        warnings.warn(
+            f"{count} parameters that strategy {strategy.name!r} could keep in tiles are not kept so, and take wider "
+            "storages: convert the model with collage.to_fp8_ before its optimizer is constructed. Parameters that are "
+            "no weights of Linear or Embedding layers stay as they are",
+            stacklevel=4,
+        )
 
 
 def _warn_of_underflow(group: dict[str, Any], strategy: Strategy) -> None:

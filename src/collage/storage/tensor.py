@@ -164,9 +164,9 @@ class TiledTensor(Tensor):
         rows = -(-outer_size[0] // world)
         padded = [_padded(each, rows) for each in numbers]
         scale = _padded(scale, rows // self.form.rows)
-        gathered = scale.new_empty(world * scale.shape[0], scale.shape[1])
-        torch.distributed.all_gather_into_tensor(gathered, scale.contiguous(), group=mesh.get_group())
-        return tuple(padded), (gathered, outer_size[0])
+        gathered = [torch.empty_like(scale) for _ in range(world)]
+        torch.distributed.all_gather(gathered, scale.contiguous(), group=mesh.get_group())
+        return tuple(padded), (torch.cat(gathered), outer_size[0])
 
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
