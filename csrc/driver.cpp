@@ -45,8 +45,8 @@ const Isa ISAS[] = {
     {"portable", &collage_kernels_portable, [] { return true; }},
 };
 
-// Elements per piece of work, less what is no whole block: some hundred microseconds, whose components fit the
-// second-level cache.
+// Elements per piece of work, less what is no whole span, or one span where that is more: some hundred microseconds, whose
+// components fit the second-level cache.
 constexpr int64_t PIECE = 1 << 15;
 
 // numerics/counter.py: the finaliser of splitmix64.
@@ -90,6 +90,8 @@ void run_range(const Work &w, int64_t tensor, int64_t start, int64_t end, double
     r.cell = job.cells;
     r.elements = job.elements;
     r.block = job.block;
+    r.width = job.width;
+    r.tile_rows = job.tile_rows;
     const int grad_cell = job.cells[w.kernel->parts];
     while (start < end) {
         uint64_t index = job.firsts[tensor] + (uint64_t)start;
@@ -154,6 +156,22 @@ void take_null_pieces(void *data) {
     }
 }
 
+struct ReadWork {
+    void (*read)(const collage_reading &, int64_t, int64_t);
+    const collage_reading *reading;
+    int64_t step;
+    std::atomic<int64_t> next;
+};
+
+void take_rows(void *data) {
+    ReadWork &w = *(ReadWork *)data;
+    for (;;) {
+        int64_t row = w.next.fetch_add(w.step, std::memory_order_relaxed), rows = w.reading->rows;
+        if (row >= rows) return;
+        w.read(*w.reading, row, row + w.step < rows ? row + w.step : rows);
+    }
+}
+
 const collage_kernels *kernels_of(const char *isa_name) {
     for (const Isa &isa : ISAS)
         if (!strcmp(isa.name, isa_name)) return isa.kernels;
@@ -187,7 +205,8 @@ EXPORT int collage_find(const char *isa, const char *name) {
 
 // One step. Returns 0, or 1 where no memory was left for an audit's sums; nothing has changed then.
 EXPORT int collage_step(const char *isa, int kernel, const collage_job *job) {
-    Work work{&kernels_of(isa)->table[kernel], job, PIECE - PIECE % job->block, nullptr, 0, {0}};
+    const int64_t piece = job->span < PIECE ? PIECE - PIECE % job->span : job->span;
+    Work work{&kernels_of(isa)->table[kernel], job, piece, nullptr, 0, {0}};
     int64_t pieces = 0;
     for (int64_t tensor = 0; tensor < job->count; tensor++) {
         work.elements += job->sizes[tensor];
@@ -201,6 +220,15 @@ EXPORT int collage_step(const char *isa, int kernel, const collage_job *job) {
     if (job->sums) add_up(work);
     free(work.piece_sums);
     return 0;
+}
+
+// Writes what a model reads of a parameter in tiles into `out`, bfloat16; of hi alone where `lo` is null.
+EXPORT void collage_read(const char *isa, const void *hi, const void *lo, const void *scale, void *out, int64_t rows,
+                         int64_t width, int64_t tile_rows, int64_t block, int threads,
+                         void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
+    const collage_reading reading{{hi, lo, scale}, out, rows, width, tile_rows, block};
+    ReadWork work{kernels_of(isa)->read, &reading, PIECE / width + 1, {0}};
+    run_on(rows * width > PIECE ? threads : 1, parallel, take_rows, &work);
 }
 
 // Reads `count` streams of `elements` each and writes the first `written` back unchanged. `zero` is 0.

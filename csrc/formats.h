@@ -253,6 +253,37 @@ struct Fp16 {
     }
 };
 
+// A pattern of float8_e4m3fn with 8 bits behind it.
+struct E4m3 {
+    static constexpr uint32_t REBIAS = 120u << 23, NUMBERS = 0x7f;
+
+    // `hi` and `rest`: bytes in the low bits of lanes.
+    INLINE F join(U hi, U rest) {
+        I size = (I)((hi & NUMBERS) << 8) + (I)((rest ^ 0x80u) - 0x80u), below = size >> 31;
+        U sign = (hi << 24 ^ (U)size) & 0x80000000u;
+        size = (size ^ below) - below;
+        F small = __builtin_convertvector(size, F) * 0x1p-17f;
+        F found = select(size >= 0x800, as_float(((U)size << 12) + REBIAS), small);
+        found = as_float(as_bits(found) | sign);
+        return select((I)((hi & NUMBERS) == NUMBERS), as_float(splat(QUIET_NAN)), found);
+    }
+    // Rounded by a draw; what is beyond 448 is 448, what is not finite is nan.
+    INLINE void split(F x, U bits, U &hi, U &rest) {
+        U size = as_bits(magnitude(x));
+        I normal = (I)(size - REBIAS + (bits >> 4)) >> 12;
+        F large = select(normal > 0x7e00, as_float(splat(0x7e00u)), (F)normal);
+        large = select((I)size >= 0x7f800000, as_float(splat(0x7f00u)), large);
+        F steps = as_float(size) * 0x1p17f;
+        I whole = __builtin_convertvector(steps, I);
+        I part = __builtin_convertvector((steps - __builtin_convertvector(whole, F)) * 65536.0f, I);
+        I small = whole + ((part + (I)bits) >> 16);
+        U pattern = as_bits(select((I)size < 0x3c800000, (F)small, large));
+        hi = (pattern + 0x80u) >> 8;
+        rest = (pattern - (hi << 8)) & 0xffu;
+        hi |= as_bits(x) >> 24 & 0x80u;
+    }
+};
+
 struct Fp32 {
     typedef float Cell;
     static constexpr Order order = sequential;

@@ -24,7 +24,10 @@ struct collage_job {
     double *sums;                // [tensor][COLLAGE_SUMS], or null
     const int32_t *cells;        // [component], then the gradient: bytes of an entry
     const int32_t *elements;     // [component]: how many elements share an entry
-    int64_t block;               // elements that share entries are of one such block; every tensor is whole blocks
+    int64_t span;                // elements that are stepped together; every tensor is whole spans, but for the end of one
+                                 // in tiles
+    int64_t block;               // elements that share entries of moments are of one such block
+    int64_t width, tile_rows;    // of parameters in tiles: elements of a row, rows of a tile (a block wide)
     double beta2;                // of the audit's definition
     uint64_t seed;
     float grad_scale;            // gradients are divided by it where `scaled`
@@ -39,3 +42,4 @@ constexpr int COLLAGE_SUMS = 8;
 constexpr int COLLAGE_MAX_PARTS = 8;
 // Of a block of 8-bit codes. The least is a unit of the widest vectors.
 constexpr int COLLAGE_MIN_BLOCK = 32, COLLAGE_MAX_BLOCK = 128;
+constexpr int COLLAGE_MAX_ROWS = 128;

@@ -131,7 +131,8 @@ template <class Low, class P, class M, class V, class G> struct Step {
         if constexpr (V::blocked) v.shared = x.v_shared, v.root = x.root[j];
         M::template store<order, careful>(part + P::parts, i, x.m[j].a, x.m[j].b, m, m_bits);
         V::template store<order, careful>(part + P::parts + M::parts, i, x.v[j].a, x.v[j].b, v, v_bits);
-        P::template store<order, careful>(part, i, x.p[j].a, x.p[j].b, p, p_bits);
+        // A tile is stored when all of its new values are known.
+        if constexpr (!P::tiled) P::template store<order, careful>(part, i, x.p[j].a, x.p[j].b, p, p_bits);
     }
 
     // Makes the scales of a block. Returns whether all are numbers and no new v has a sign.
@@ -310,10 +311,18 @@ template <class Low, class P, class M, class V, class G> struct Step {
     static void add_sums(const collage_range &r, const void *const *now, const void *const *then, int i, double u,
                          double g) {
         constexpr int square = P::parts + M::parts;
-        double moved = P::moved(now, then, i), moved_hi = Low::number(now[0], i) - Low::number(then[0], i);
-        double v = V::exact(then + square, i), moved_v = V::moved(now + square, then + square, i);
+        add_moves(r, P::moved(now, then, i), Low::number(now[0], i) - Low::number(then[0], i), u);
+        add_decay(r, now + square, then + square, i, g);
+    }
+    // `now` and `then`: the components of v.
+    static void add_decay(const collage_range &r, const void *const *now, const void *const *then, int64_t i, double g) {
+        double v = V::exact(then, i), moved_v = V::moved(now, then, i);
         double decay = r.beta2 * v + (1.0 - r.beta2) * (g * g) - v;
         bool decaying = v > 0.0 && (decay > 0.0 || decay < 0.0);
+        r.sums[6] += decaying;
+        r.sums[7] += decaying && moved_v == 0.0;
+    }
+    static void add_moves(const collage_range &r, double moved, double moved_hi, double u) {
         double *sums = r.sums;
         sums[0] += moved * u;
         sums[1] += moved_hi * u;
@@ -321,14 +330,98 @@ template <class Low, class P, class M, class V, class G> struct Step {
         sums[3] += u != 0.0;
         sums[4] += u != 0.0 && moved == 0.0;
         sums[5] += u != 0.0 && moved_hi == 0.0;
-        sums[6] += decaying;
-        sums[7] += decaying && moved_v == 0.0;
+    }
+
+    // ---- parameters in tiles, with moments in blocks that are as wide
+
+    struct Tile {
+        Pair fresh[COLLAGE_MAX_ROWS][max_units];
+    };
+    // What an audit wants of a tile from before its store.
+    struct Before {
+        float value[COLLAGE_MAX_ROWS][COLLAGE_MAX_BLOCK], update[COLLAGE_MAX_ROWS][COLLAGE_MAX_BLOCK];
+    };
+
+    // Lane k of the units that begin at place(r, j).
+    INLINE float lane(const collage_range &r, const Pair *units, int k) {
+        const int j = k / UNIT, n = k - (int)place(r, j);
+        const bool in_b = order == interleaved ? n % 2 : n >= W;
+        return (in_b ? units[j].b : units[j].a)[order == interleaved ? n / 2 : n % W];
+    }
+
+    template <bool audited> static void run_tiles(const collage_range &r) {
+        const int64_t rows = r.count / r.width, across = r.width / r.block;
+        Tile tile;
+        Before before;
+        for (int64_t top = 0; top < rows; top += r.tile_rows)
+            for (int64_t c = 0; c < across; c++) {
+                void *part[parts];
+                for (int k = 0; k < parts; k++) part[k] = r.part[k];
+                part[P::parts - 1] = (uint8_t *)part[P::parts - 1] + top / r.tile_rows * across + c;
+                const int height = (int)(rows - top < r.tile_rows ? rows - top : r.tile_rows);
+                const int64_t begin = top * r.width + c * r.block;
+                U largest{};
+                for (int row = 0; row < height; row++)
+                    compute_row<audited>(r, part, begin + row * r.width, tile.fresh[row], largest, before, row);
+                const F inverse = P::settle(part, largest_of(largest));
+                for (int row = 0; row < height; row++) store_row(r, part, begin + row * r.width, tile.fresh[row], inverse);
+                if constexpr (audited)
+                    for (int row = 0; row < height; row++)
+                        for (int k = 0; k < r.block; k++) {
+                            double now = P::exact(part, begin + row * r.width + k), then = before.value[row][k];
+                            add_moves(r, now - then, P::seen(now) - P::seen(then), before.update[row][k]);
+                        }
+            }
+    }
+
+    // Computes a tile's row and stores its moments.
+    template <bool audited>
+    static void compute_row(const collage_range &r, void **part, int64_t i, Pair *fresh, U &largest, Before &before, int row) {
+        const int units = units_of_block(r);
+        constexpr int square = P::parts + M::parts;
+        part[P::parts + 1] = (float *)r.part[P::parts + 1] + i / r.block;
+        part[square + 1] = (float *)r.part[square + 1] + i / r.block;
+        Block x;
+        uint8_t codes[COLLAGE_MAX_BLOCK];
+        const float scale = *(const float *)part[square + 1];
+        if constexpr (audited) memcpy(codes, (uint8_t *)part[square] + i, r.block);
+        const bool usual = compute(r, part, i, units, x);
+        Draws index = indices_from(r.index + (uint32_t)i);
+        store(r, part, i, units, index, x, usual);
+        for (int j = 0; j < units; j++) {
+            fresh[j] = x.p[j];
+            largest = max_bits(largest, max_bits(P::size(x.p[j].a), P::size(x.p[j].b)));
+        }
+        if constexpr (audited) {
+            Pair g[max_units];
+            for (int j = 0; j < units; j++) gradient(r, i + place(r, j), g[j].a, g[j].b);
+            const void *now[] = {(uint8_t *)part[square] + i, part[square + 1]}, *then[] = {codes, &scale};
+            for (int k = 0; k < r.block; k++) {
+                before.value[row][k] = (float)P::exact(part, i + k);
+                before.update[row][k] = lane(r, x.update, k);
+                add_decay(r, now, then, k, lane(r, g, k));
+            }
+        }
+    }
+
+    INLINE void store_row(const collage_range &r, void *const *part, int64_t i, const Pair *fresh, F inverse) {
+        const int units = units_of_block(r);
+        const Draws index = indices_from(r.index + (uint32_t)i);
+        for (int j = 0; j < units; j++) {
+            const uint32_t at = (uint32_t)place(r, j);
+            Draws bits{random_words(index.a + at, r.key[0]) & 0xffffu, random_words(index.b + at, r.key[0]) & 0xffffu};
+            P::template store<order>(part, i + at, fresh[j].a * inverse, fresh[j].b * inverse, bits);
+        }
     }
 };
 
 template <class Low, class G, class P, class M, class V> constexpr collage_kernel entry(const char *name) {
     typedef Step<Low, P, M, V, G> S;
-    return {name, S::parts, M::draws ? 2 : P::draws || V::draws, S::run, S::audit};
+    constexpr int words = M::draws ? 2 : P::draws || V::draws;
+    if constexpr (P::tiled)
+        return {name, S::parts, words, S::template run_tiles<false>, S::template run_tiles<true>};
+    else
+        return {name, S::parts, words, S::run, S::audit};
 }
 
 // One row per layout: the storages of param, exp_avg, exp_avg_sq.
@@ -351,7 +444,9 @@ template <class Low, class G, class P, class M, class V> constexpr collage_kerne
     ROW(Bf16, GRAD, "bf16/expansion-stochastic/fp32/fp32/" grad, ES(Bf16), RN(Fp32), RN(Fp32)),                    \
     ROW(Bf16, GRAD, "bf16/remainder16/fp32/fp32/" grad, REM(Bf16, 16, false), RN(Fp32), RN(Fp32)),                 \
     ROW(Bf16, GRAD, "bf16/remainder16/nearest/expansion-stochastic/" grad,                                         \
-        REM(Bf16, 16, false), RN(Bf16), ES(Bf16))
+        REM(Bf16, 16, false), RN(Bf16), ES(Bf16)),                                                                 \
+    ROW(Bf16, GRAD, "bf16/tiled-remainder8-stochastic/softsign-stochastic/root4-stochastic/" grad,                 \
+        TiledRemainder, Q(Softsign, true), Q(Root4, true))
 #define FP16_LAYOUTS(GRAD, grad)                                                                                   \
     ROW(Fp16, GRAD, "fp16/expansion-scaled-stochastic/fp32/fp32/" grad, SCALED, RN(Fp32), RN(Fp32)),               \
     ROW(Fp16, GRAD, "fp16/expansion-scaled-stochastic/bf16/bf16-expansion-stochastic/" grad,                       \
@@ -401,7 +496,32 @@ static void null_range(const collage_streams &s, int64_t start, int64_t end) {
     }
 }
 
+// What a model reads of rows of a parameter in tiles: bfloat16.
+template <bool whole> static void read_rows(const collage_reading &x, int64_t row, int64_t end) {
+    constexpr Order order = TiledRemainder::order;
+    const int64_t across = x.width / x.block;
+    for (; row < end; row++)
+        for (int64_t c = 0; c < across; c++) {
+            const int64_t i = row * x.width + c * x.block;
+            const F scale = TiledRemainder::power(((const uint8_t *)x.part[2])[row / x.tile_rows * across + c]);
+            for (int64_t k = 0; k < x.block; k += UNIT) {
+                // The last unit begins early enough to be a whole one.
+                const int64_t at = i + (k < x.block - UNIT ? k : x.block - UNIT);
+                Draws hi, rest{};
+                Integers<8>::load<order>(x.part[0], at, hi.a, hi.b);
+                if constexpr (whole) Integers<8>::load<order>(x.part[1], at, rest.a, rest.b);
+                Bf16::store_rounded<order, true>(x.out, at, E4m3::join(hi.a, rest.a) * scale,
+                                                 E4m3::join(hi.b, rest.b) * scale);
+            }
+        }
+}
+
+static void read_range(const collage_reading &x, int64_t row, int64_t end) {
+    (x.part[1] ? read_rows<true> : read_rows<false>)(x, row, end);
+}
+
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
 extern const collage_kernels JOIN(collage_kernels_, COLLAGE_ISA);
-const collage_kernels JOIN(collage_kernels_, COLLAGE_ISA) = {KERNELS, (int)(sizeof KERNELS / sizeof *KERNELS), null_range};
+const collage_kernels JOIN(collage_kernels_, COLLAGE_ISA) = {KERNELS, (int)(sizeof KERNELS / sizeof *KERNELS), null_range,
+                                                         read_range};

@@ -7,7 +7,7 @@
 struct collage_range {
     void *part[COLLAGE_MAX_PARTS];
     const int32_t *cell, *elements;  // of each part: bytes of an entry, and elements that share one
-    int64_t block;
+    int64_t block, width, tile_rows;
     const void *grad;
     int64_t count;
     uint32_t index;   // of the first element, low half
@@ -36,8 +36,16 @@ struct collage_streams {
     uint64_t zero;  // 0, which the compiler does not know
 };
 
+// A parameter in tiles that is read: into bfloat16 of the same shape.
+struct collage_reading {
+    const void *part[3];  // hi, lo or null for hi alone, scale
+    void *out;
+    int64_t rows, width, tile_rows, block;
+};
+
 struct collage_kernels {
     const collage_kernel *table;
     int count;
     void (*null)(const collage_streams &, int64_t start, int64_t end);
+    void (*read)(const collage_reading &, int64_t first_row, int64_t end);
 };

@@ -6,6 +6,8 @@
 //   draws       whether a store takes random bits
 //   adds        whether a store wants the components as they were, and the update, in place of the new value
 //   blocked     whether elements share a scale, block by block: then `settle` makes it from the largest magnitude
+//   tiled       whether rows of elements share a scale, tile by tile: `settle` then makes it from the largest finite magnitude
+//               of all of a tile's new values, before the first of them is stored
 //   guarded     whether `store` has a plain form for usual values beside the careful one for any
 //   order       in which its components are best loaded
 //   load        the values of 2 W elements, and their components
@@ -46,7 +48,7 @@ template <class Format> struct Usual {
 
 template <class Format, bool stochastic> struct Rounded {
     static constexpr int parts = 1;
-    static constexpr bool draws = stochastic, adds = false, blocked = false;
+    static constexpr bool draws = stochastic, adds = false, blocked = false, tiled = false;
     static constexpr bool guarded = !stochastic && Format::guarded;
     static constexpr Order order = Format::order;
 
@@ -70,7 +72,7 @@ template <class Format, bool stochastic> struct Rounded {
 // lo is kept times `factor`, a power of two.
 template <class Format, bool stochastic, int factor = 1> struct Expansion {
     static constexpr int parts = 2;
-    static constexpr bool draws = stochastic, adds = false, blocked = false;
+    static constexpr bool draws = stochastic, adds = false, blocked = false, tiled = false;
     static constexpr bool guarded = true;
     static constexpr Order order = Format::order;
 
@@ -118,7 +120,7 @@ template <class Format, bool stochastic, int factor = 1> struct Expansion {
 template <class Format> struct Kahan {
     typedef Expansion<Format, false> Sum;
     static constexpr int parts = 2;
-    static constexpr bool draws = false, adds = true, blocked = false;
+    static constexpr bool draws = false, adds = true, blocked = false, tiled = false;
     static constexpr bool guarded = false;
     static constexpr Order order = Format::order;
 
@@ -147,7 +149,7 @@ template <class Format> struct Kahan {
 
 template <class Format> struct Master {
     static constexpr int parts = 2;
-    static constexpr bool draws = false, adds = false, blocked = false;
+    static constexpr bool draws = false, adds = false, blocked = false, tiled = false;
     static constexpr bool guarded = Format::guarded;
     static constexpr Order order = sequential;
 
@@ -170,7 +172,7 @@ template <class Format> struct Master {
 template <class Format, int extra, bool stochastic> struct Remainder {
     typedef Integers<extra> Rest;
     static constexpr int parts = 2;
-    static constexpr bool draws = stochastic, adds = false, blocked = false;
+    static constexpr bool draws = stochastic, adds = false, blocked = false, tiled = false;
     static constexpr bool guarded = Format::guarded;
     static constexpr Order order = Format::order;
 
@@ -251,7 +253,7 @@ struct Root4 {
 template <class Code, bool stochastic> struct Blockwise {
     typedef Integers<8> Codes;
     static constexpr int parts = 2;
-    static constexpr bool draws = stochastic, adds = false, blocked = true;
+    static constexpr bool draws = stochastic, adds = false, blocked = true, tiled = false;
     static constexpr bool guarded = false;
     static constexpr Order order = interleaved;
 
@@ -297,6 +299,50 @@ template <class Code, bool stochastic> struct Blockwise {
     INLINE double moved(const void *const *now, const void *const *then, int64_t i) {
         return exact(now, i) - exact(then, i);
     }
+};
+
+// e4m3 with 8 bits behind it, of values that are divided by a power of two per tile. The part of the scales begins with
+// that of the tile at hand.
+struct TiledRemainder {
+    typedef Integers<8> Bytes;
+    static constexpr int parts = 3;
+    static constexpr bool draws = true, adds = false, blocked = false, tiled = true;
+    static constexpr bool guarded = false;
+    static constexpr Order order = interleaved;
+
+    INLINE F power(uint32_t exponent) { return as_float(splat(exponent << 23)); }
+
+    template <Order order> INLINE void load(const void *const *part, int64_t i, F &a, F &b, Pair &, Pair &) {
+        Draws hi, rest;
+        Bytes::template load<order>(part[0], i, hi.a, hi.b);
+        Bytes::template load<order>(part[1], i, rest.a, rest.b);
+        F scale = power(*(const uint8_t *)part[2]);
+        a = E4m3::join(hi.a, rest.a) * scale;
+        b = E4m3::join(hi.b, rest.b) * scale;
+    }
+    // Bits of a magnitude, 0 if it is not finite.
+    INLINE U size(F x) { return as_bits(where(magnitude(x) < __builtin_inff(), magnitude(x))); }
+    // Stores the scale for new values whose largest finite magnitude has these bits, and returns its inverse.
+    INLINE F settle(void *const *part, uint32_t largest) {
+        int32_t exponent = (int32_t)((largest + 0x1fffffu) >> 23) - 8;
+        if (exponent < 1) exponent = 1;
+        if (largest == 0) exponent = 127;
+        *(uint8_t *)part[2] = (uint8_t)exponent;
+        return power(254u - (uint32_t)exponent);
+    }
+    template <Order order> INLINE void store(void *const *part, int64_t i, F a, F b, Draws bits) {
+        Draws hi, rest;
+        E4m3::split(a, bits.a, hi.a, rest.a);
+        E4m3::split(b, bits.b, hi.b, rest.b);
+        Bytes::template store<order>(part[0], i, hi.a, hi.b);
+        Bytes::template store<order>(part[1], i, rest.a, rest.b);
+    }
+    INLINE double exact(const void *const *part, int64_t i) {
+        F x = E4m3::join(splat(Bytes::one(part[0], i)), splat(Bytes::one(part[1], i)));
+        return (x * power(*(const uint8_t *)part[2]))[0];
+    }
+    // What a model reads of such a value.
+    INLINE double seen(double x) { return Bf16::template round<true>(splat((float)x))[0]; }
 };
 
 }  // namespace

@@ -334,7 +334,9 @@ def test_sums_of_values_that_are_not_finite_count_as_in_the_eager_definition() -
 def test_every_strategy_is_served_in_every_format() -> None:
     assert {name for name, _ in HALVES} == set(LOW)
     for strategy, dtype in HALVES:
-        assert native.serves(collage.strategies()[strategy].layout(dtype), dtype)
+        nominal = collage.strategies()[strategy].layout(dtype)
+        # Tiles of components that are floats themselves step eagerly.
+        assert native.serves(nominal, dtype) == (strategy not in ("fp8-native", "fp8-3", "naive-fp8"))
         for shape in ROWS:
             assert native.serves(collage.strategies()[strategy].layout(dtype, torch.Size(shape)), dtype)
     assert all(native.serves(collage.strategies()[name].layout(torch.float32), torch.float32) for name in STRATEGIES)

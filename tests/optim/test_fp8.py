@@ -274,7 +274,7 @@ def test_files_name_the_components_and_a_missing_one_is_an_error() -> None:
     }
     assert [name for name in split if name.startswith("5.weight")] == ["5.weight.form"]
     del split["1.weight.lo"]
-    with pytest.raises(ValueError, match="1.weight lacks lo"):
+    with pytest.raises(ValueError, match=r"1\.weight lacks lo"):
         collage.join_tiles(split)
 
 

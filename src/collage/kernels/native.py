@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from collage.kernels.contract import ROLES, SUMS, Batch, Inputs, Layout, Scalars
-from collage.numerics import FP16, format_of
-from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Storage
+from collage.numerics import E4M3FN, FP16, format_of
+from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Storage, Tiled, TiledTensor
+from collage.storage.tensor import READERS
 
 # The columns of a row of scalars in csrc/job.h.
 _SCALARS = tuple(field.name for field in fields(Scalars) if field.name != "bias_correction2_sqrt")
-# COLLAGE_MIN_BLOCK and COLLAGE_MAX_BLOCK of csrc/job.h.
-_LEAST_BLOCK, _LARGEST_BLOCK = 32, 128
+# COLLAGE_MIN_BLOCK, COLLAGE_MAX_BLOCK and COLLAGE_MAX_ROWS of csrc/job.h.
+_LEAST_BLOCK, _LARGEST_BLOCK, _MOST_ROWS = 32, 128, 128
+# What parameters in tiles there are kernels for.
+_TILED = Remainder(8, E4M3FN, "stochastic")
 # Runtimes of OpenMP that torch may have loaded; each has the entry point that compilers call.
 _RUNTIMES = ("libgomp.so.1", "libiomp5.so", "libomp.so", "libomp.so.5")
 
@@ -47,7 +50,10 @@ class _Job(ctypes.Structure):
         ("sums", ctypes.c_void_p),
         ("cells", ctypes.c_void_p),
         ("elements", ctypes.c_void_p),
+        ("span", ctypes.c_int64),
         ("block", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("tile_rows", ctypes.c_int64),
         ("beta2", ctypes.c_double),
         ("seed", ctypes.c_uint64),
         ("grad_scale", ctypes.c_float),
@@ -93,6 +99,10 @@ def _library() -> _Library:
         *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
         *(ctypes.c_int64, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p),
     ]
+    handle.collage_read.argtypes = [
+        *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p),
+    ]
     return _Library(handle, isas=isas, isa=isas[0])
 
 
@@ -135,6 +145,11 @@ def _kernel(layout: Layout, dtype: torch.dtype, grad: torch.dtype) -> int | None
     if dtype not in (torch.bfloat16, torch.float16, torch.float32) or None in names:
         return None
     blocks = {storage.block for _, storage in layout.roles if isinstance(storage, Blockwise)}
+    tiles = layout.param
+    if isinstance(tiles, Tiled):
+        blocks.add(tiles.columns)
+        if tiles.rows > _MOST_ROWS:
+            return None
     if len(blocks) > 1 or not all(_LEAST_BLOCK <= block <= _LARGEST_BLOCK for block in blocks):
         return None
     name = "/".join([format_of(dtype).name, *map(str, names), "own" if grad == dtype else "fp32"])
@@ -147,6 +162,8 @@ def _kernel(layout: Layout, dtype: torch.dtype, grad: torch.dtype) -> int | None
 
 def _storage_name(storage: Storage, dtype: torch.dtype) -> str | None:
     """What csrc/kernel.cpp calls a storage, or None if it has none of the kind."""
+    if type(storage) is Tiled:
+        return "tiled-remainder8-stochastic" if storage.of == _TILED and not storage.root else None
     fmt = storage.format_for(dtype)
     own = fmt.dtype == dtype
     suffix = "-stochastic" if storage.stochastic else ""
@@ -181,8 +198,10 @@ class _Prepared:
         self._kernels: dict[torch.dtype, int] = {}
         self.cells = [column[0].element_size() for column in columns]
         components = (each for _, storage in batch.layout.roles for each in storage.components(dtype))
-        self.elements = array("i", (component.elements for component in components))
-        self.block = batch.layout.block(dtype)
+        self.elements = array("i", (component.elements * component.rows for component in components))
+        tiles = batch.layout.param
+        self.span = batch.layout.block(dtype)
+        self.tiles = (tiles.columns, tiles.width, tiles.rows) if isinstance(tiles, Tiled) else (self.span, 0, 0)
         self.parts = array("Q", (tensor.data_ptr() for column in columns for tensor in column))
         self.sizes = array("q", map(Tensor.numel, batch.params))
         self.firsts = array("Q", batch.firsts)
@@ -243,7 +262,10 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         sums=None if sums is None else sums.data_ptr(),
         cells=_address(cells),
         elements=_address(kept.elements),
-        block=kept.block,
+        span=kept.span,
+        block=kept.tiles[0],
+        width=kept.tiles[1],
+        tile_rows=kept.tiles[2],
         beta2=inputs.hyper.beta2,
         seed=batch.seed & (2**64 - 1),
         grad_scale=1.0 if inputs.grad_scale is None else float(inputs.grad_scale),
@@ -256,6 +278,26 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         raise MemoryError("no memory for the sums of an audited step; nothing has changed")
     batch.steps.add_(1.0)
     return sums
+
+
+def read(tensor: TiledTensor) -> Tensor | None:
+    """What a model reads of a parameter in tiles, as its components stand: bfloat16; None where no kernel serves it.
+    One pass over its bytes."""
+    form, library = tensor.form, _library()
+    parts = [tensor.hi, tensor.scale] + ([tensor.lo] if tensor.forward == "value" else [])
+    served = form.of == _TILED and _LEAST_BLOCK <= form.columns
+    if library.handle is None or not served or not all(part.is_contiguous() for part in parts):
+        return None
+    out = torch.empty(tensor.hi.shape, dtype=torch.bfloat16)
+    lo = tensor.lo.data_ptr() if tensor.forward == "value" else None
+    library.handle.collage_read(
+        *(library.isa.encode(), tensor.hi.data_ptr(), lo, tensor.scale.data_ptr(), out.data_ptr()),
+        *(*tensor.hi.shape, form.rows, form.columns, torch.get_num_threads(), _parallel()),
+    )
+    return out
+
+
+READERS["cpu"] = read
 
 
 def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor]) -> None:
