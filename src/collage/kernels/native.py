@@ -284,9 +284,10 @@ def read(tensor: TiledTensor) -> Tensor | None:
     """What a model reads of a parameter in tiles, as its components stand: bfloat16; None where no kernel serves it.
     One pass over its bytes."""
     form, library = tensor.form, _library()
+    if library.handle is None or form.of != _TILED or form.columns < _LEAST_BLOCK:
+        return None
     parts = [tensor.hi, tensor.scale] + ([tensor.lo] if tensor.forward == "value" else [])
-    served = form.of == _TILED and _LEAST_BLOCK <= form.columns
-    if library.handle is None or not served or not all(part.is_contiguous() for part in parts):
+    if not all(part.is_contiguous() for part in parts):
         return None
     out = torch.empty(tensor.hi.shape, dtype=torch.bfloat16)
     lo = tensor.lo.data_ptr() if tensor.forward == "value" else None
