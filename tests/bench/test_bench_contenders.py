@@ -26,6 +26,7 @@ STRATEGIES = list(collage.strategies())
 SHAPES = ShapeSet("test", "", ((16, 8), (8,)))
 # Rows of whole blocks.
 BLOCKS = ShapeSet("blocks", "", ((32, 128), (4, 16, 128)))
+TILES = ShapeSet("tiles", "", ((128, 128), (256, 384)))
 
 
 def parameters(dtype: torch.dtype, shapes: ShapeSet = SHAPES) -> list[nn.Parameter]:
@@ -60,11 +61,15 @@ def test_the_streams_keep_what_the_strategy_says_it_keeps(name: str) -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_state_bytes_on_the_real_tensors_are_those_of_the_storages(name: str) -> None:
     (contender,) = own_contenders([name], ["eager"], BF16)
-    params = parameters(contender.dtype, BLOCKS)
+    tiled = isinstance(collage.strategies()[name].param, collage.Tiled)
+    shapes = TILES if tiled else BLOCKS
+    params = parameters(contender.dtype, shapes)
     optimizer = contender.build(params)
     optimizer.step()
-    kept = collage.strategies()[name].bytes_per_param(BF16, grad=False) - contender.dtype.itemsize
-    assert state_bytes(optimizer) == kept * BLOCKS.parameters
+    own = sum(part.numel() * part.element_size() for param in params for part in getattr(param, "parts", [param]))
+    kept = collage.strategies()[name].bytes_per_param(BF16, grad=False) * shapes.parameters
+    assert state_bytes(optimizer) + own == kept
+    assert all(isinstance(param, collage.TiledTensor) == tiled for param in params)
 
 
 def test_own_contenders_are_every_strategy_with_every_backend() -> None:

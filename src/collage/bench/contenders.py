@@ -141,6 +141,7 @@ def _own(strategy: collage.Strategy, backend: str | None, dtype: torch.dtype) ->
     dtype = strategy.param_dtype(dtype)
 
     def build(params: list[nn.Parameter], **hyper: Any) -> Stepper:
+        params[:] = [_as_kept(param, strategy) for param in params]
         return collage.AdamW(params, **{**HYPER, **hyper}, strategy=strategy, backend=backend)
 
     return Contender(
@@ -155,6 +156,16 @@ def _own(strategy: collage.Strategy, backend: str | None, dtype: torch.dtype) ->
         note=strategy.summary,
         reads=OWN,
     )
+
+
+def _as_kept(param: nn.Parameter, strategy: collage.Strategy) -> nn.Parameter:
+    """The parameter, or one in tiles of its value and gradient where the strategy keeps such."""
+    form = strategy.param.fitted(param.shape) if param.dim() == 2 else None
+    if not isinstance(form, collage.Tiled):
+        return param
+    tiled = nn.Parameter(collage.TiledTensor.of(param, form))
+    tiled.grad = param.grad
+    return tiled
 
 
 # ---- torch ---------------------------------------------------------------------------------------------------------

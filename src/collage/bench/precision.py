@@ -158,7 +158,10 @@ def _runner(found: Found, start: Tensor, hyper: dict[str, Any]) -> _Runner:
     contender = found.contender
     param = nn.Parameter(start.to(contender.dtype, copy=True))
     grad = param.grad = torch.zeros_like(param)
-    return _Runner(found, param, grad, contender.build([param], **hyper))
+    params = [param]
+    # Whoever builds may exchange a parameter for one as the contender keeps it.
+    stepper = contender.build(params, **hyper)
+    return _Runner(found, params[0], grad, stepper)
 
 
 def _run(
