@@ -342,9 +342,9 @@ template <class Low, class P, class M, class V, class G> struct Step {
         float value[COLLAGE_MAX_ROWS][COLLAGE_MAX_BLOCK], update[COLLAGE_MAX_ROWS][COLLAGE_MAX_BLOCK];
     };
 
-    // Lane k of the units that begin at place(r, j).
+    // Lane k of the units that begin at place(r, 0, j).
     INLINE float lane(const collage_range &r, const Pair *units, int k) {
-        const int j = k / UNIT, n = k - (int)place(r, j);
+        const int j = k / UNIT, n = k - (int)place(r, 0, j);
         const bool in_b = order == interleaved ? n % 2 : n >= W;
         return (in_b ? units[j].b : units[j].a)[order == interleaved ? n / 2 : n % W];
     }
@@ -386,15 +386,14 @@ template <class Low, class P, class M, class V, class G> struct Step {
         const float scale = *(const float *)part[square + 1];
         if constexpr (audited) memcpy(codes, (uint8_t *)part[square] + i, r.block);
         const bool usual = compute(r, part, i, units, x);
-        Draws index = indices_from(r.index + (uint32_t)i);
-        store(r, part, i, units, index, x, usual);
+        store(r, part, i, units, indices_from(r.index), x, usual);
         for (int j = 0; j < units; j++) {
             fresh[j] = x.p[j];
             largest = max_bits(largest, max_bits(P::size(x.p[j].a), P::size(x.p[j].b)));
         }
         if constexpr (audited) {
             Pair g[max_units];
-            for (int j = 0; j < units; j++) gradient(r, i + place(r, j), g[j].a, g[j].b);
+            for (int j = 0; j < units; j++) gradient(r, place(r, i, j), g[j].a, g[j].b);
             const void *now[] = {(uint8_t *)part[square] + i, part[square + 1]}, *then[] = {codes, &scale};
             for (int k = 0; k < r.block; k++) {
                 before.value[row][k] = (float)P::exact(part, i + k);
@@ -408,7 +407,7 @@ template <class Low, class P, class M, class V, class G> struct Step {
         const int units = units_of_block(r);
         const Draws index = indices_from(r.index + (uint32_t)i);
         for (int j = 0; j < units; j++) {
-            const uint32_t at = (uint32_t)place(r, j);
+            const uint32_t at = (uint32_t)place(r, 0, j);
             Draws bits{random_words(index.a + at, r.key[0]) & 0xffffu, random_words(index.b + at, r.key[0]) & 0xffffu};
             P::template store<order>(part, i + at, fresh[j].a * inverse, fresh[j].b * inverse, bits);
         }
