@@ -17,6 +17,7 @@ from collage.train.extras import need
 
 DOCUMENT_CHARACTERS = 2_000
 PARQUET_ROWS = 1_000
+_READ_AT_ONCE = 2**18
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = (".parquet",)
@@ -101,7 +102,7 @@ def paragraphs(path: Path) -> Documents:
 def _lines(path: Path) -> Iterator[tuple[str, int]]:
     read = 0
     with _readable(path), path.open("rb") as file:
-        for raw in file:
+        while raw := b"".join(file.readlines(_READ_AT_ONCE)):
             text = _decoded(raw, path, read)
             read += len(raw)
             # Python's text has more line ends than a file's; no UTF-8 sequence has a byte of a newline within.
