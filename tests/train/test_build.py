@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from collage.train import build as building
 from collage.train import corpusfiles, runfiles, sources
@@ -16,6 +17,7 @@ from collage.train.build import build, check
 from collage.train.config import TrainConfig, UserError
 from collage.train.corpusfiles import ShardedTokens, ShardWriter
 from collage.train.data import Windows, load_corpus, prepare_corpus, with_data
+from collage.train.objectives import objective_for
 
 SHARD_BYTES = 900
 
@@ -231,6 +233,22 @@ def test_a_prepared_corpus_brings_its_own_tokenizer_and_others_are_refused(confi
             prepare_corpus(TrainConfig(data=out, tokenizer="bpe", **setting))
     with pytest.raises(UserError, match="must have the run's own tokenizer"):
         prepare_corpus(TrainConfig(data=out, tokenizer="bpe"), "{}")
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer"), [("gpt-tiny", "bpe"), ("roberta-tiny", "bpe"), ("bert-tiny", "wordpiece")]
+)
+def test_every_objective_has_the_batches_of_the_text_itself(
+    config: TrainConfig, tmp_path: Path, model: str, tokenizer: str
+) -> None:
+    config = replace(config, model=model, tokenizer=tokenizer, vocab_size=300, seq_len=16, batch_size=4, eval_batches=1)
+    build(config, tmp_path / "corpus", shard_bytes=SHARD_BYTES)
+    mapped = replace(config, data=str(tmp_path / "corpus"), vocab_size=None)
+    one, other = (objective_for(each, prepare_corpus(each)) for each in (config, mapped))
+    for step in (1, 2, 50):
+        first, second = (each.batch(step, 7, slice(None)) for each in (one, other))
+        assert torch.equal(first.labels, second.labels)
+        assert torch.equal(first.inputs["input_ids"], second.inputs["input_ids"])
 
 
 def test_damage_is_found_by_size_at_once_and_by_hash_when_asked(config: TrainConfig, tmp_path: Path) -> None:
