@@ -32,7 +32,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive
 
 
 def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, env=ENVIRONMENT, cwd=cwd)
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=400, env=ENVIRONMENT, cwd=cwd)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def config(text: Path) -> TrainConfig:
     # Seven validation windows, of which the processes get unequal shares and unequally many micro-batches.
     settings |= {"data": str(text), "eval_batches": 2, "eval_every": 3, "audit_every": 3, "checkpoint_every": 2}
     settings |= {"keep_checkpoints": 9, "clip": 0.0, "micro_batch": 3}
-    return TrainConfig(**settings, schedule="constant", warmup=1, threads=1, device="cpu", fsdp=True)
+    return TrainConfig(**settings, schedule="constant", warmup=1, threads=1, fsdp=True)
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:
@@ -152,9 +152,19 @@ def test_the_model_is_sharded_by_its_outermost_blocks() -> None:
 
 
 def test_a_model_that_accelerate_shards_is_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=1)
     monkeypatch.setattr(processes, "Accelerator", lambda **_: accelerator)
     with pytest.raises(UserError, match=r"leave the model as it is, got its FSDP; .*collage train --fsdp"):
+        processes.start_processes(config)
+
+
+def test_processes_that_would_each_train_alone_are_refused(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = SimpleNamespace(distributed_type=DistributedType.NO, num_processes=1, device=torch.device("cpu"))
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="all 2 processes that were started must work together, got 1"):
         processes.start_processes(config)
 
 

@@ -7,6 +7,7 @@ between a loss scaler and float16 gradients.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,17 @@ def start_processes(config: TrainConfig) -> Accelerator:
     """Accelerate's view of the processes that this one is among.
 
     Raises:
-        UserError: accelerate was told to shard the model itself.
+        UserError: accelerate was told to shard the model itself, or doesn't see the processes.
     """
-    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+    # Without being told so it takes each of several processes on a machine without a GPU for one that is alone.
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise UserError(
+            f"all {started} processes that were started must work together, got {accelerator.num_processes} that "
+            f"accelerate can join on {accelerator.device.type}; start one for each device, or pass --device cpu"
+        )
     own = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in own:
         raise UserError(
