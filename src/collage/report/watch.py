@@ -169,8 +169,8 @@ def watch(directories: Sequence[Path], port: int | None, say: Callable[[str], No
         UserError: a directory is none, files can't be read, or there is no free port.
     """
     with serve(directories, port) as server:
-        say(f"following {', '.join(map(str, directories))} at http://{HOST}:{server.server_port}/ (Ctrl-C ends)")
         try:
+            say(f"following {', '.join(map(str, directories))} at http://{HOST}:{server.server_port}/ (Ctrl-C ends)")
             server.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:
             say("stopped; for a page to keep: collage report " + " ".join(map(str, directories)))
