@@ -160,5 +160,7 @@ def test_what_cannot_be_advised_on_is_refused() -> None:
         param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match="needs an optimizer with Adam's moments"):
         collage.advise(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="strategy 'fp8' keeps weights in tiles"):
+        collage.advise(model, torch.optim.AdamW(model.parameters()), candidates=["fp8"])
     with pytest.raises(ValueError, match="no strategy is called 'fast'"):
         collage.advise(model, torch.optim.AdamW(model.parameters()), candidates=["fast"])

@@ -349,6 +349,19 @@ def test_the_figures_from_outside_of_collages_own_step_agree_with_its_sums(strat
         assert detailed["decay_lost_fraction"] < 0.7
 
 
+def test_parameters_in_tiles_have_the_sums_of_their_step_alone() -> None:
+    net = collage.to_fp8_(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)))
+    opt = collage.AdamW(net.named_parameters(), lr=1e-3, strategy="fp8")
+    audit = collage.audit(opt, every=1, details=True)
+    for place, param in enumerate(net.parameters()):
+        param.grad = values(tuple(param.shape), place)
+    opt.step()
+    modules = audit.report()["modules"]
+    assert (modules["0"]["replayed"], modules["1"]["replayed"]) == (False, True)
+    assert "a parameter in tiles is not looked at from outside" in modules["0"]["reasons"]
+    assert modules["0"]["edq_ratio"] == pytest.approx(1.0, abs=0.1)
+
+
 def test_subnormal_and_saturated_weights_are_counted_and_so_are_second_moments_that_underflow() -> None:
     start = torch.tensor([1e-39, 1.0, -3.3895e38, torch.inf], dtype=torch.bfloat16)
     param = nn.Parameter(start)

@@ -180,6 +180,8 @@ def _chosen(candidates: Iterable[str | Strategy] | None, dtype: torch.dtype) -> 
         if strategy is None:
             raise ValueError(f"no strategy is called {each!r}; there are {', '.join(known)}")
         try:
+            if strategy.param.borne:
+                raise ValueError(f"strategy {strategy.name!r} keeps weights in tiles, which advise does not try")
             strategy.layout(dtype)
         except ValueError:
             if candidates is not None:

@@ -14,9 +14,9 @@ from collage.kernels import MOMENTS
 from collage.metrics import replay
 from collage.numerics import Format, format_of
 from collage.optim import AdamW, Compensated
-from collage.optim.batches import is_sharded, local
+from collage.optim.sharding import is_sharded, local
 from collage.optim.strategies import layout_of
-from collage.storage import Kahan, Rounded, Storage
+from collage.storage import Kahan, Rounded, Storage, form_of
 
 # Rules of torch.optim and of optimi that treat each element by itself: any run of elements may be replayed alone.
 ELEMENTWISE = {
@@ -276,6 +276,11 @@ class Own(Mapped):
 
     bits = True
     bits_of_pieces = False
+
+    def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
+        """Tiles share scales: no run of elements can be looked at by itself."""
+        tiled = form_of(param) is not None
+        return "a parameter in tiles is not looked at from outside" if tiled else super().refusal(group, param)
 
     def rule(self, group: dict[str, Any]) -> Callable[[list[Tensor]], Optimizer]:
         """AdamW."""

@@ -72,24 +72,27 @@ def sums(piece: Values) -> Tensor:
     return _stacked(row, SUMS)
 
 
-def more(piece: Values, fmt: Format, v_format: Format | None) -> Tensor:
+def more(piece: Values, fmt: Format, v_format: Format | None, known: bool) -> Tensor:
     """The piece's row of :data:`MORE`, float64.
 
     Args:
         piece: its values.
         fmt: the parameter's format.
         v_format: that of the stored second moment, or None.
+        known: whether the rule is known: all elements then count as explained.
     """
     size = piece.new_hi.abs()
-    near = (piece.moved - piece.u).abs() <= fmt.ulp(piece.old_hi) + piece.u.abs() / 16
     row = {
         "moved_squared": total((piece.moved * piece.moved).flatten()),
         "seen": torch.tensor(piece.u.numel()),
         "unchanged": (piece.moved == 0).sum(),
         "subnormal": ((size > 0) & (size < fmt.smallest_normal)).sum(),
         "saturated": (size >= fmt.max).sum(),
-        "explained": near.sum(),
+        "explained": torch.tensor(piece.u.numel()),
     }
+    if not known:
+        near = (piece.moved - piece.u).abs() <= fmt.ulp(piece.old_hi) + piece.u.abs() / 16
+        row["explained"] = near.sum()
     if piece.v is not None and v_format is not None:
         _, stored, intended = piece.v
         row["v_positive"] = (intended > 0).sum()
@@ -103,13 +106,19 @@ def more(piece: Values, fmt: Format, v_format: Format | None) -> Tensor:
 def histogram(piece: Values, fmt: Format) -> Tensor:
     """float64 [2, BINS]: elements, and the sum of their u * u, by floor(log2(|u| / ulp)); the ulp is that of the
     parameter before the step. Elements with u = 0, and those that are not finite, are in none."""
-    ratio = (piece.u.abs() / fmt.ulp(piece.old_hi)).flatten()
-    counted = (ratio > 0) & torch.isfinite(ratio)
-    exponent = torch.frexp(ratio[counted]).exponent - 1
-    place = (exponent - LOWEST).clamp(0, BINS - 1).to(torch.int64)
-    energy = piece.u.flatten()[counted] ** 2
+    u = piece.u.flatten()
+    # The ulp is a power of two: the quotient's exponent is the difference of theirs, whatever u's fraction.
+    spacing = _exponent(piece.old_hi.flatten()).clamp_(min=fmt.emin) - (fmt.precision - 1)
+    counted = (u != 0) & torch.isfinite(u) & torch.isfinite(piece.old_hi.flatten())
+    place = (_exponent(u) - spacing - LOWEST).clamp_(0, BINS - 1)[counted]
+    energy = u[counted] ** 2
     rows = (torch.bincount(place, minlength=BINS), torch.bincount(place, weights=energy, minlength=BINS))
     return torch.stack([row.to(torch.float64) for row in rows])
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """floor(log2 |x|) of float64 numbers, from their bits; below every other for 0 and float64's subnormals."""
+    return ((x.view(torch.int64) >> 52) & 0x7FF) - 1023
 
 
 def _stacked(row: dict[str, Tensor], columns: tuple[str, ...]) -> Tensor:

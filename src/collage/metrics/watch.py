@@ -20,7 +20,7 @@ from collage.metrics import figures
 from collage.metrics.families import Family, family_of, second_moment
 from collage.metrics.replay import group_copy, widened
 from collage.numerics import format_of
-from collage.optim.batches import local
+from collage.optim.sharding import local
 from collage.storage import Rounded
 
 # Elements that are replayed at a time, and the shortest run of them where a parameter is sampled: whole blocks of every
@@ -372,7 +372,7 @@ class Watch:
         for piece in held.pieces:
             values = self._values(held, piece, family, after, state)
             sums += figures.sums(values)
-            more += figures.more(values, fmt, v_format)
+            more += figures.more(values, fmt, v_format, family.known)
             histogram += figures.histogram(values, fmt).cpu()
         # Runs that stand for the whole parameter.
         share = row.elements / max(1.0, float(more[figures.MORE.index("seen")]))
