@@ -21,12 +21,14 @@ def counted(strategy: str) -> tuple[int, int, int]:
     model = TINY.build(dtype=torch.float32, attention="eager")
     if dtype != torch.float32:
         collage.to_low_precision(model, dtype)
+    if collage.strategies()[strategy].param.borne:
+        collage.to_fp8_(model, strategy)
     optimizer = collage.AdamW(model.parameters(), strategy=strategy)
     TINY.loss(model, TINY.tokens(1)).backward()
     optimizer.step()
-    params = list(model.parameters())
+    params = [part for p in model.parameters() for part in (p.parts if isinstance(p, collage.TiledTensor) else [p])]
     held = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
     return tuple(sum(t.numel() * t.element_size() for t in each) for each in (params, held, grads))
 
 
@@ -37,7 +39,7 @@ def test_bytes_are_those_of_real_tensors(strategy: str) -> None:
 
 
 TABLE = {"plain": 8, "stochastic": 8, "kahan": 10, "light": 10, "plus": 12, "light-nearest": 10, "plus-nearest": 12}
-TABLE |= {"fp32-states": 12, "mixed": 16, "fp32": 16, "exact": 12, "compact": 7.1}
+TABLE |= {"fp32-states": 12, "mixed": 16, "fp32": 16, "exact": 12, "compact": 7.1, "fp8": 6.1}
 
 
 @pytest.mark.parametrize(("strategy", "expected"), TABLE.items())
@@ -69,13 +71,13 @@ def test_shards_share_all_but_what_is_gathered(strategy: str) -> None:
     one, many = stored(record, TINY.shapes, Settings()), stored(record, TINY.shapes, Settings(shards=3))
     for part in ("params", "states", "gradients"):
         assert getattr(one, part) / 3 <= getattr(many, part) < getattr(one, part) / 2.5
-    assert gathered(TINY, torch.bfloat16, Settings()).forward == 0
-    around = gathered(TINY, torch.bfloat16, Settings(shards=3))
+    assert gathered(TINY, record, Settings()).forward == 0
+    around = gathered(TINY, record, Settings(shards=3))
     block = sum(TINY.shapes[place].numel() for place in TINY.by_block[0])
     rest = TINY.count - 4 * block
     assert around.forward == 2 * (rest + 2 * block)
     assert around.backward == around.forward + 2 * rest + 4 * block
-    wide = gathered(TINY, torch.bfloat16, Settings(shards=3, reduce=torch.float32))
+    wide = gathered(TINY, record, Settings(shards=3, reduce=torch.float32))
     assert wide.backward - around.backward == 2 * block
 
 

@@ -161,7 +161,7 @@ def _own(strategy: collage.Strategy, backend: str | None, dtype: torch.dtype) ->
 def _as_kept(param: nn.Parameter, strategy: collage.Strategy) -> nn.Parameter:
     """The parameter, or one in tiles of its value and gradient where the strategy keeps such."""
     form = strategy.param.fitted(param.shape) if param.dim() == 2 else None
-    if not isinstance(form, collage.Tiled):
+    if not isinstance(form, collage.Tiled) or isinstance(param, collage.TiledTensor):
         return param
     tiled = nn.Parameter(collage.TiledTensor.of(param, form))
     tiled.grad = param.grad

@@ -43,7 +43,7 @@ class Case:
     def setup(self) -> Setup:
         """How it is trained."""
         (own,) = own_contenders([self.strategy], [None], torch.bfloat16)
-        return Setup(self.subject, self.settings, self.checkpointing, own.dtype, own.build)
+        return Setup(self.subject, self.settings, self.checkpointing, own.dtype, own.build, self.strategy)
 
 
 def settings_here(device: torch.device, strategy: str, micro_batch: int, attention: str) -> Settings:

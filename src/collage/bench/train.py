@@ -113,8 +113,8 @@ class TrainPlan:
 
     def setup(self, subject: Subject, arm: Arm) -> Setup:
         """What trains a model with an arm."""
-        build, own = arm.build, arm.kind == "collage"
-        return Setup(subject, self.settings(arm), self.checkpointing, arm.dtype, build, keeps_low_parts=own)
+        own = arm.strategy if arm.kind == "collage" else None
+        return Setup(subject, self.settings(arm), self.checkpointing, arm.dtype, arm.build, own)
 
 
 @dataclass

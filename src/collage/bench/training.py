@@ -34,7 +34,7 @@ class Setup:
         checkpointing: whether blocks are computed again in the backward.
         dtype: of the parameters.
         build: makes the optimizer.
-        keeps_low_parts: whether the optimizer takes what the cast to `dtype` rounds away.
+        strategy: of collage's own optimizer, whose model is brought into its form; None of others.
     """
 
     subject: Subject
@@ -42,7 +42,7 @@ class Setup:
     checkpointing: bool
     dtype: torch.dtype
     build: Build
-    keeps_low_parts: bool = True
+    strategy: str | None = None
 
 
 class Training:
@@ -53,10 +53,12 @@ class Training:
         how = {"attention": setup.settings.attention, "checkpointing": setup.checkpointing}
         with torch.device(device):
             self.model: nn.Module = setup.subject.build(dtype=torch.float32, **how)
-        if setup.dtype != torch.float32 and setup.keeps_low_parts:
-            collage.to_low_precision(self.model, setup.dtype)
-        elif setup.dtype != torch.float32:
+        if setup.dtype != torch.float32 and setup.strategy is None:
             self.model.to(setup.dtype)
+        elif setup.dtype != torch.float32:
+            collage.to_low_precision(self.model, setup.dtype)
+        if setup.strategy is not None and collage.strategies()[setup.strategy].param.borne:
+            collage.to_fp8_(self.model, setup.strategy)
         self.params = [param for param in self.model.parameters() if param.requires_grad]
         self.optimizer: Stepper = setup.build(self.params)
         self.tokens = setup.subject.tokens(setup.settings.micro_batch).to(device)

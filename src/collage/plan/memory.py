@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import collage
+from collage.kernels import ROLES
 from collage.plan.models import Subject
 from collage.plan.trace import TRACED_BLOCKS, Timeline, trace
 from collage.storage import Component
@@ -95,8 +96,8 @@ def stored(strategy: collage.Strategy, shapes: Iterable[torch.Size], settings: S
     dtype = strategy.param_dtype(settings.dtype)
     params = states = gradients = 0
     for shape in shapes:
-        leading, others = _components(strategy, dtype, shape)
-        params += _bytes(leading, shape, settings.shards)
+        own, others = _components(strategy, dtype, shape)
+        params += sum(_bytes(each, shape, settings.shards) for each in own)
         states += sum(_bytes(each, shape, settings.shards) for each in others)
         gradients += _gradient(shape, settings.gradient_dtype(dtype), settings.shards)
     return Stored(params, states, gradients)
@@ -105,11 +106,19 @@ def stored(strategy: collage.Strategy, shapes: Iterable[torch.Size], settings: S
 @lru_cache(maxsize=4096)
 def _components(
     strategy: collage.Strategy, dtype: torch.dtype, shape: torch.Size
-) -> tuple[Component, tuple[Component, ...]]:
+) -> tuple[tuple[Component, ...], tuple[Component, ...]]:
     """What stands for a parameter in the model, and what in the optimizer's state."""
-    layout = strategy.layout(dtype, shape)
-    leading, *others = [component for _, storage in layout.roles for component in storage.components(dtype)]
-    return leading, tuple(others)
+    form = _form(strategy, shape)
+    layout = strategy.layout(dtype, shape, form)
+    own, *others = [storage.components(dtype) for _, storage in layout.roles]
+    in_model = len(own) if form is not None else 1
+    return own[:in_model], (*own[in_model:], *(component for each in others for component in each))
+
+
+def _form(strategy: collage.Strategy, shape: torch.Size) -> collage.Tiled | None:
+    """How a weight bears its components, where the strategy has it do so (:func:`collage.to_fp8_`)."""
+    fitted = [getattr(strategy, role).fitted(shape) for role in ROLES] if strategy.param.borne else []
+    return None if len(shape) != 2 or not fitted or None in fitted else fitted[0]
 
 
 def _bytes(component: Component, shape: torch.Size, shards: int) -> int:
@@ -138,19 +147,21 @@ class Gathered:
     end: int = 0
 
 
-def gathered(subject: Subject, dtype: torch.dtype, settings: Settings) -> Gathered:
+def gathered(subject: Subject, strategy: collage.Strategy, settings: Settings) -> Gathered:
     """What FSDP2 gathers; nothing where there is one shard."""
     if settings.shards == 1:
         return Gathered()
-    sizes = [shape.numel() for shape in subject.shapes]
-    blocks = [sum(sizes[place] for place in block) for block in subject.by_block]
-    rest, block = sum(sizes) - sum(blocks), max(blocks, default=0)
-    ahead = block * min(len(blocks), 2)
-    gradient = settings.gradient_dtype(dtype)
-    with_buffer = gradient.itemsize + (settings.reduce or gradient).itemsize
-    forward = (rest + ahead) * dtype.itemsize
-    backward = forward + rest * gradient.itemsize + block * with_buffer
-    return Gathered(forward, backward, rest * (dtype.itemsize + with_buffer))
+    dtype, one = strategy.param_dtype(settings.dtype), settings.on_one_device()
+    groups = [[subject.shapes[place] for place in block] for block in subject.by_block]
+    in_blocks = {place for block in subject.by_block for place in block}
+    outside = [shape for place, shape in enumerate(subject.shapes) if place not in in_blocks]
+    rest, blocks = stored(strategy, outside, one), [stored(strategy, group, one) for group in groups]
+    weights, gradients = (max((getattr(each, part) for each in blocks), default=0) for part in ("params", "gradients"))
+    own = settings.gradient_dtype(dtype)
+    buffer = (settings.reduce or own).itemsize / own.itemsize
+    forward = rest.params + weights * min(len(blocks), 2)
+    backward = forward + rest.gradients + gradients * (1 + buffer)
+    return Gathered(forward, round(backward), round(rest.params + rest.gradients * (1 + buffer)))
 
 
 # ---- together ------------------------------------------------------------------------------------------------------
@@ -165,6 +176,7 @@ class Needs:
     timeline: Timeline
     arrived: np.ndarray
     scratch: int
+    read: int
     accumulates: bool
 
     def activations(self, micro_batch: int) -> int:
@@ -177,10 +189,11 @@ class Needs:
         line, held = self.timeline, self.stored
         alive = line.constant + line.per_sequence * micro_batch
         always = held.params + held.states
+        computing = always + self.read
         gradients = np.full_like(alive, held.gradients) if self.accumulates else self.arrived
         first = line.forward
-        forward = always + self.gathered.forward + float((alive + gradients)[:first].max())
-        backward = always + self.gathered.backward + float((alive + gradients)[first:].max())
+        forward = computing + self.gathered.forward + float((alive + gradients)[:first].max())
+        backward = computing + self.gathered.backward + float((alive + gradients)[first:].max())
         end = always + held.gradients + self.gathered.end
         step = always + held.gradients + self.scratch
         return {"forward": round(forward), "backward": round(max(backward, end)), "step": step}
@@ -255,7 +268,8 @@ class Planner:
         sizes = [_gradient(shape, gradient, settings.shards) for shape in whole.shapes]
         return Needs(
             stored=stored(strategy, subject.shapes, settings),
-            gathered=gathered(subject, dtype, settings),
+            gathered=gathered(subject, strategy, settings),
+            read=_read(strategy, subject.shapes, dtype),
             timeline=timeline,
             arrived=timeline.gradients(sizes),
             scratch=_scratch(subject.shapes, dtype, settings),
@@ -271,6 +285,11 @@ class Planner:
             raise
         except ValueError as error:
             return Planned(strategy, reason=str(error))
+
+
+def _read(strategy: collage.Strategy, shapes: Iterable[torch.Size], dtype: torch.dtype) -> int:
+    """The largest weight that is in components at rest, as the values that the operation at work reads."""
+    return max((shape.numel() * dtype.itemsize for shape in shapes if _form(strategy, shape) is not None), default=0)
 
 
 def _scratch(shapes: Iterable[torch.Size], dtype: torch.dtype, settings: Settings) -> int:
