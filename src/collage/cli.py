@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from collage.train.config import SOURCES, RunFailed, TrainConfig, UserError, unknown_settings
+from collage.train.config import (
+    SOURCES,
+    TASK_SETTINGS,
+    RunFailed,
+    TrainConfig,
+    UserError,
+    unknown_settings,
+)
 from collage.train.extras import need
 
 try:
@@ -20,7 +24,9 @@ except ModuleNotFoundError as error:
 
 from collage.bench.command import bench
 from collage.plan.command import PLAN, plan
+from collage.train.finetune_command import finetune
 from collage.train.options import config_options
+from collage.train.running import COMPARED, FILES, make_runs, train_one
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,8 +42,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command(help=PLAN)(plan)
-
-FILES, COMPARED = "Files", "Comparison"
+app.command()(finetune)
 
 
 @app.callback()
@@ -46,7 +51,7 @@ def _collage() -> None:
 
 
 @app.command()
-@config_options()
+@config_options(without=TASK_SETTINGS)
 def train(
     settings: dict[str, Any],
     out: Annotated[
@@ -83,21 +88,12 @@ def train(
     need("train")
     from collage.train.continuation import continued
     from collage.train.data import with_data
-    from collage.train.loop import train as run_training
-    from collage.train.runfiles import resume_config, write_json
+    from collage.train.runfiles import resume_config
 
     if config is not None:
         settings = {**_read_settings(config), **settings}
     resolved = resume_config(out, settings) if resume else TrainConfig.from_json(continued(with_data(settings)))
-    run = run_training(resolved, out, resume=resume, corpus=corpus, command=_command())
-    if os.environ.get("RANK", "0") != "0":
-        return  # under torchrun the first process speaks for all
-    if run["status"] == "finished":
-        typer.echo(_result(run))
-    if json_file is not None:
-        write_json(json_file, run)
-    if run["status"] == "interrupted":
-        raise typer.Exit(130)
+    train_one(resolved, out, resume, corpus, json_file)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -112,15 +108,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _result(run: dict[str, Any]) -> str:
-    final = run["final"]
-    figures = {"validation loss": final["validation_loss"], "EDQ ratio": final["edq_ratio"]}
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
-    return f"{run['name']}: finished {final['step']} steps in {run['wall_time_s']:.0f} s, {shown}"
-
-
 @app.command()
-@config_options(without=("strategy", "seed", "fsdp", "reduce_dtype"))
+@config_options(without=("strategy", "seed", "fsdp", "reduce_dtype", *TASK_SETTINGS))
 def compare(
     settings: dict[str, Any],
     strategies: Annotated[
@@ -169,39 +158,15 @@ def compare(
     """
     need("train")
     need("report")
-    from rich.console import Console
-
     from collage.report.wording import learning_rates
     from collage.report.write import report_on_compare
-    from collage.train.compare import make_plan, note_end, prepare, run_all, share_machine
-    from collage.train.compare_display import CompareDisplay
+    from collage.train.compare import make_plan, share_machine
 
     plan, jobs = share_machine(make_plan(settings, strategies, seeds, out, resume=resume), jobs)
-    count, left = len(plan.runs()), plan.left()
-    display = CompareDisplay(left, Console())
-    started = time.monotonic()
-    known = prepare(plan, _command())
-    if left:
-        before = f" ({count - len(left)} finished before)" if len(left) < count else ""
-        display.say(f"{count} runs{before}, {min(jobs, len(left))} at the same time, in {out}")
-        if plan.config.from_checkpoint is not None:
-            display.say(f"all continue from {plan.config.from_checkpoint}, {learning_rates(plan.config.to_json())}")
-    outcomes = run_all(left, plan.corpus, jobs, display) if left else []
-    known |= {"jobs": jobs, "wall_time_s": known["wall_time_s"] + (time.monotonic() - started if left else 0.0)}
-
-    failed = known["failed"] = [outcome.to_json() for outcome in outcomes if outcome.status == "failed"]
-    stopped = any(outcome.status in ("interrupted", "not started") for outcome in outcomes)
-    if stopped or len(plan.left()) == count:
-        note_end(plan, "interrupted" if stopped else "incomplete", known)
-    else:
-        _show_report(report_on_compare(out, **known), json_file)
-    remedy = f"go on with: {shlex.join(['collage', 'compare', '--out', str(out), '--resume'])}"
-    if stopped:
-        display.say(f"stopped; {count - len(plan.left())} of {count} runs have finished; {remedy}")
-        raise typer.Exit(130)
-    if failed:
-        names = ", ".join(each["name"] for each in failed)
-        raise RunFailed(f"{len(failed)} of {count} runs failed: {names}; once the cause is mended, {remedy}")
+    start = ""
+    if plan.config.from_checkpoint is not None:
+        start = f"all continue from {plan.config.from_checkpoint}, {learning_rates(plan.config.to_json())}"
+    make_runs(plan, jobs, "compare", start, lambda known: _show_report(report_on_compare(out, **known), json_file))
 
 
 @app.command()
@@ -402,10 +367,6 @@ def _show_report(report: Report, json_file: Path | None) -> None:
         write_json(json_file, data(report.summary))
     if report.summary["warnings"]:
         raise RunFailed("runs of one seed did not start alike, so the figures are no comparison")
-
-
-def _command() -> str:
-    return shlex.join(["collage", *sys.argv[1:]])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -102,8 +102,10 @@ class Plan:
     def corpus(self) -> Path | None:
         """The folder of the text that all runs share; None where each reads what `data` names by itself.
 
-        That is a prepared corpus, which all map from the same files, or a stream.
+        That is a prepared corpus, which all map from the same files, a stream, or the examples of a task.
         """
+        if self.config.task is not None:
+            return None
         return None if self.config.stream or is_corpus(self.config.data) else self.out / "corpus"
 
     def left(self) -> list[Planned]:

@@ -19,13 +19,17 @@ import collage
 from collage.train.models import BERT, CAUSAL, MODELS
 
 RECIPE, MODEL, OPTIMIZER, SCHEDULE, BATCH = "Recipe", "Model and precision", "Optimizer", "Steps and schedule", "Batch"
-DATA, MEASURE, RUN, START = "Text", "Measuring", "Run", "Continuing from a checkpoint"
+TASK, DATA, MEASURE, RUN, START = "Task", "Text", "Measuring", "Run", "Continuing from a checkpoint"
 
 DTYPES = ("bfloat16", "float16")
 ARITHMETICS = ("fp32", "working")
 SCHEDULES = ("cosine", "linear", "constant")
 GRAD_DTYPES = ("model", "float32")
 REDUCE_DTYPES = ("model", "float32")
+GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+OWN_TASK = "classification"
+TASK_SETTINGS = ("task", "pretrained", "text_columns", "label_column")
+"""Settings of fine-tuning alone."""
 SOURCES = (
     "A text file, JSON Lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet, a folder with files of one kind; a dataset of "
     "the Hugging Face hub: wikipedia, wikitext, c4, openwebtext, hf:REPOSITORY, hf:REPOSITORY@REVISION:CONFIG:SPLIT"
@@ -139,6 +143,24 @@ class TrainConfig:
         "What gradients are added up in over several processes: model (the weights' format, half the bytes sent) or "
         "float32 (rounded once, after the sum). With one process it has no effect.",
     )
+
+    task: str | None = _setting(
+        None,
+        TASK,
+        f"A task of GLUE, {', '.join(GLUE)}, or {OWN_TASK} for examples of your own. Unset: {OWN_TASK} with --data.",
+    )
+    pretrained: str | None = _setting(
+        None,
+        TASK,
+        "The model to fine-tune: a run or a checkpoint of `collage train`, whose weights are taken with all that its "
+        "strategy kept of them, or a folder with a checkpoint of transformers and its tokenizer.",
+    )
+    text_columns: str | None = _setting(
+        None,
+        TASK,
+        f"Where {OWN_TASK} has a sentence, or two separated by a comma. Unset: sentence1,sentence2, sentence or text.",
+    )
+    label_column: str = _setting("label", TASK, f"Where {OWN_TASK} has the labels: words or whole numbers.")
 
     data: str | None = _setting(
         None,
@@ -308,7 +330,7 @@ def unknown_settings(names: Iterable[str]) -> None:
 def option(name: str) -> str:
     """The command-line option of the setting `name`."""
     # "from" is no name that Python takes.
-    return "--from" if name == "from_checkpoint" else "--" + name.replace("_", "-")
+    return "--from" if name in ("from_checkpoint", "pretrained") else "--" + name.replace("_", "-")
 
 
 def _fail(name: str, got: object, allowed: str, remedy: str = "") -> UserError:
@@ -321,7 +343,7 @@ _INTEGERS += ("eval_batches", "log_every", "audit_every", "seed", "checkpoint_ev
 _NUMBERS = ("lr", "min_lr", "eps", "weight_decay", "clip", "dropout")
 _FLAGS = ("fsdp", "stream")
 _OPTIONAL = ("backend", "warmup", "min_lr", "micro_batch", "data", "corpus_bytes", "vocab_size", "device", "threads")
-_OPTIONAL += ("from_checkpoint", "recipe", "dropout")
+_OPTIONAL += ("from_checkpoint", "recipe", "dropout", "task", "pretrained", "text_columns")
 
 
 def _check_types(config: TrainConfig) -> None:
@@ -351,8 +373,8 @@ def _check_betas(betas: Any) -> None:
 
 
 def _check_choices(config: TrainConfig) -> None:
-    choices: dict[str, Iterable[str]] = {
-        "model": MODELS,
+    choices: dict[str, Iterable[str]] = {} if config.task else {"model": MODELS}
+    choices |= {
         "strategy": collage.strategies(),
         "dtype": DTYPES,
         "arithmetic": ARITHMETICS,
@@ -369,7 +391,7 @@ def _check_choices(config: TrainConfig) -> None:
         from collage.train.recipes import known  # recipes are made of this module's record
 
         known(config.recipe)
-    if config.tokenizer not in TOKENIZERS and not Path(config.tokenizer).exists():
+    if config.task is None and config.tokenizer not in TOKENIZERS and not Path(config.tokenizer).exists():
         raise _fail("tokenizer", config.tokenizer, f"one of {', '.join(TOKENIZERS)}, or a tokenizer.json that exists")
 
 
@@ -411,7 +433,21 @@ def _check_together(config: TrainConfig) -> None:
         raise _fail("dropout", config.dropout, "less than 1")
     if config.stream and config.corpus_bytes is not None:
         raise _fail("corpus_bytes", config.corpus_bytes, "unset with stream", "leave one of them out")
-    _check_text(config)
+    if config.task is None:
+        _check_text(config)
+    else:
+        _check_task(config)
+
+
+def _check_task(config: TrainConfig) -> None:
+    """Raise `UserError` unless the settings are those of fine-tuning."""
+    if config.task not in (*GLUE, OWN_TASK):
+        raise _fail("task", config.task, f"one of {', '.join((*GLUE, OWN_TASK))}")
+    if config.pretrained is None:
+        raise _fail("pretrained", None, "the model to fine-tune", "name it with --from")
+    for name in ("recipe", "from_checkpoint", "stream", "corpus_bytes", "vocab_size"):
+        if getattr(config, name):
+            raise _fail(name, getattr(config, name), "unset with a task")
 
 
 def _check_text(config: TrainConfig) -> None:

@@ -21,6 +21,7 @@ from collage.train import corpusfiles
 from collage.train.config import TrainConfig, UserError, option
 from collage.train.corpusfiles import SPLITS, ShardedTokens, is_corpus, update_hash
 from collage.train.hub import pinned
+from collage.train.recipes import recipe
 from collage.train.sources import Source, open_source, too_few
 from collage.train.tokens import Chosen, choose, end_token, pack
 
@@ -279,7 +280,11 @@ def with_data(settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: the data can't be reached or used, or the settings name another tokenizer than the corpus has.
     """
-    data = settings.get("data")
+    if settings.get("task") is not None:
+        return settings  # examples, not text
+    data, name = settings.get("data"), settings.get("recipe")
+    if data is None and name is not None and settings.get("from_checkpoint") is None:
+        data = recipe(name).data
     if not isinstance(data, str):
         return settings
     if not is_corpus(data):
@@ -287,7 +292,8 @@ def with_data(settings: dict[str, Any]) -> dict[str, Any]:
     info = load_corpus(Path(data)).info
     own = {"tokenizer": info.tokenizer, "vocab_size": info.vocab_size}
     _refuse_others({name: settings[name] for name in own if settings.get(name) is not None}, own, data)
-    return {**settings, "tokenizer": info.tokenizer}
+    # The recipe's size of a vocabulary is not this one's.
+    return {**settings, "tokenizer": info.tokenizer} | ({} if name is None else {"vocab_size": info.vocab_size})
 
 
 def _refuse_others(given: dict[str, Any], own: dict[str, Any], data: str) -> None:

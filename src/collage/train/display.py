@@ -65,3 +65,5 @@ class Display:
             self.say(f"step {step}/{self._steps}  {figures}")
         if validation is not None:
             self.say_validation(step, validation)
+        if "metrics" in record:
+            self.say("  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items()))

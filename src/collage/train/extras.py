@@ -9,6 +9,7 @@ from collage.train.config import UserError
 EXTRAS = {
     "train": ("accelerate", "numpy", "rich", "safetensors", "tokenizers", "transformers"),
     "bench": ("rich",),
+    "finetune": ("scipy", "sklearn"),
     "data": ("datasets", "pyarrow", "zstandard"),
     "report": ("jinja2", "matplotlib", "plotly", "rich"),
 }

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from collage.train.products import multiplying, products
 from collage.train.schedule import learning_rate
 from collage.train.signals import StopSignals
 from collage.train.stream import Stream, merged
+
+if TYPE_CHECKING:
+    from collage.train.classification import FineTuning
 
 
 def train(
@@ -75,24 +78,32 @@ class _Run:
         self.products = products(self.device, config.model_dtype)
 
         # ---- text
-        text = load_corpus(corpus) if corpus else self._prepared_text(resume)
-        self.objective = objective_for(config, text)
+        tuning = self._fine_tuning()
+        if tuning is None:
+            text = load_corpus(corpus) if corpus else self._prepared_text(resume)
+            self.objective = objective_for(config, text)
+        else:
+            text, self.objective = tuning.text, tuning.objective
         each = config.batch_size // self.processes
         # In one piece, as one process with micro-batches of that size has them.
         self.share = slice(self.rank * each, (self.rank + 1) * each)
         self.notes = [text.info.tokenizer_note] if text.info.tokenizer_note else []
 
         # ---- model and optimizer
-        self.weights = build_model(
-            config.model,
-            vocab_size=text.info.vocab_size,
-            seq_len=config.seq_len,
-            seed=config.seed,
-            attention=attention_for(self.device.type, config.seq_len),
-            dropout=config.dropout,
-        )
-        usual = MODELS[config.model].family.dropout
-        self.dropout = usual if config.dropout is None else config.dropout
+        attention = attention_for(self.device.type, config.seq_len)
+        if tuning is None:
+            self.weights = build_model(
+                config.model,
+                vocab_size=text.info.vocab_size,
+                seq_len=config.seq_len,
+                seed=config.seed,
+                attention=attention,
+                dropout=config.dropout,
+            )
+            self.dropout = MODELS[config.model].family.dropout if config.dropout is None else config.dropout
+        else:
+            self.weights = tuning.model(config.seed, attention, config.dropout)
+            self.dropout = 1.0  # the checkpoint's own, whatever that is
         fresh_sha256 = runfiles.weights_sha256(self.weights)
         if self.sharded:
             processes.shard(self.weights, self.device, self.processes, config.reduce_dtype)
@@ -171,6 +182,8 @@ class _Run:
                         return self._finish("interrupted")
                 self._wait_for_save()
             final = runfiles.final_figures(self.metrics.records, config.steps)
+            if config.task is not None:
+                final |= {"perplexity": None, "metrics": self.metrics.records[-1]["metrics"]}
             return self._finish("finished", final)
         except KeyboardInterrupt:
             self._finish("interrupted")
@@ -212,10 +225,10 @@ class _Run:
         self.step = step
         seconds = time.perf_counter() - started
 
-        tokens = config.batch_size * config.seq_len
+        tokens = self.objective.tokens(step, self.order_seed) - self.objective.tokens(step - 1, self.order_seed)
         record = {
             "step": step,
-            "tokens": step * tokens,
+            "tokens": self.objective.tokens(step, self.order_seed),
             "loss": loss,
             "lr": lr,
             "grad_norm": norm,
@@ -231,7 +244,7 @@ class _Run:
                 sizes = self.sizes.report()["total"].get(runfiles.HISTOGRAM)
             self.audits.append(runfiles.audit_record(step, report, sizes))
         if self._due(config.eval_every, step):
-            record["validation_loss"] = self._validation_loss()
+            record |= self._validate()
         if not (self._due(config.log_every, step) or "edq_ratio" in record or "validation_loss" in record):
             return None
         self.metrics.append(record)
@@ -301,17 +314,26 @@ class _Run:
             )
 
     @torch.no_grad()
-    def _validation_loss(self) -> float:
-        """Mean loss per predicted token on the validation set, with the weights that the model computes with."""
+    def _validate(self) -> dict[str, Any]:
+        """The mean loss over all that is predicted of the validation set, and the metrics of a task.
+
+        With the weights that the model computes with.
+        """
         self.weights.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        predictions: list[Any] = []
         for micro_batch in self._validation_batches():
             with multiplying(self.products):
-                loss, count = float(self.objective.losses(self.weights, micro_batch)[0]), micro_batch.predicted()[0]
-            total += torch.tensor([loss * count, count]).to(total)
+                loss, predicted = self.objective.validated(self.weights, micro_batch)
+            count = micro_batch.predicted()[0]
+            total += torch.tensor([float(loss) * count, count]).to(total)
+            predictions += predicted
         self.weights.train()
         losses, count = self.accelerator.reduce(total, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
-        return losses / count
+        found = {"validation_loss": losses / count}
+        if self.config.task is None:
+            return found
+        return {**found, "metrics": self.objective.metrics(gather_object(predictions))}
 
     # ---- small questions -----------------------------------------------------------------------------------------
 
@@ -340,6 +362,14 @@ class _Run:
             f"{source['checkpoint']}; converted to {self.config.strategy}: {converted}"
         )
 
+    def _fine_tuning(self) -> FineTuning | None:
+        """The model and the examples of a run that fine-tunes; None of one that trains on text."""
+        if self.config.task is None:
+            return None
+        from collage.train.classification import prepare  # needs an extra of its own
+
+        return prepare(self.config)
+
     # ---- another run's checkpoint --------------------------------------------------------------------------------
 
     def _prepared_text(self, resume: bool) -> Corpus:
@@ -361,7 +391,7 @@ class _Run:
 
     def _record_start(self, display: Display) -> None:
         """Record the validation loss before the first step: where all that branch from one checkpoint start."""
-        loss = self._validation_loss()
+        loss = self._validate()["validation_loss"]
         self.metrics.append({"step": 0, "tokens": 0, "validation_loss": loss})
         display.say_validation(0, loss)
 

@@ -204,12 +204,13 @@ def build_model(
     import transformers
 
     config = model_config(name, vocab_size, seq_len, dropout=dropout, attention=attention)
-    with _fresh_weights(seed), torch.device(device):
+    with fresh_weights(seed), torch.device(device):
         return getattr(transformers, MODELS[name].family.model)(config)
 
 
 @contextmanager
-def _fresh_weights(seed: int) -> Iterator[None]:
+def fresh_weights(seed: int) -> Iterator[None]:
+    """Within it new weights are float32 and a function of the seed; afterwards torch's state is as before."""
     default = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed every accelerator too.

@@ -51,13 +51,15 @@ class Batch:
 
     Attributes:
         inputs: what the model takes, each int64 [sequences, positions].
-        labels: int64 [sequences, positions], `IGNORED` where nothing is predicted.
+        labels: int64 [sequences, positions], `IGNORED` where nothing is predicted; of a classifier [sequences].
         follows: int64 [sequences], 0 where the second half follows the first and 1 where it doesn't; or None.
+        marks: of each sequence the validation set it belongs to, where a task has several; or none.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     follows: Tensor | None = None
+    marks: tuple[str, ...] = ()
 
     def split(self, size: int) -> list[Batch]:
         """Parts of `size` sequences; of no sequences none."""
@@ -66,7 +68,8 @@ class Batch:
 
     def _part(self, part: slice) -> Batch:
         inputs = {name: tensor[part] for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.labels[part], None if self.follows is None else self.follows[part])
+        follows = None if self.follows is None else self.follows[part]
+        return Batch(inputs, self.labels[part], follows, self.marks[part])
 
     def predicted(self) -> list[int]:
         """How much is predicted, for each term of the loss: tokens, and pairs where there are some."""
@@ -90,6 +93,7 @@ class Objective:
 
     def __init__(self, config: TrainConfig, text: Corpus) -> None:
         self._size, self._taken = config.batch_size, config.eval_batches * config.batch_size
+        self._positions = config.seq_len
         self.training = self._samples(text.train, config.seq_len, "train")
         held_out = self._samples(text.validation, config.seq_len, "validation")
         assert isinstance(held_out, Windows)  # of a stream, too, what is validated on lies in memory
@@ -117,9 +121,21 @@ class Objective:
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         """For each term the mean over what a batch predicts, 0 where that is nothing; in fp32 from the logits on."""
-        device = _device(model)
+        device = device_of(model)
         output = model(**{name: tensor.to(device) for name, tensor in batch.inputs.items()}, use_cache=False)
         return [cross_entropy(output.logits.float().flatten(0, 1), batch.labels.flatten().to(device))]
+
+    def validated(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Any]]:
+        """The first of the losses, and what `metrics` takes of the batch."""
+        return self.losses(model, batch)[0], []
+
+    def metrics(self, predictions: list[Any]) -> dict[str, float]:
+        """Figures of the validation set beside the loss, of what `validated` gave for all of it; here none."""
+        return {}
+
+    def tokens(self, step: int, seed: int) -> int:
+        """Tokens trained on up to `step`."""
+        return step * self._size * self._positions
 
     def sha256(self, steps: int, seed: int) -> str:
         """A hash of all that the batches of a run follow from."""
@@ -130,7 +146,8 @@ class Objective:
         return {"name": CAUSAL}
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are."""
     return next(model.parameters()).device
 
 
@@ -177,7 +194,7 @@ class MaskedTokens(Objective):
         return [_masked_loss(self._output(model, batch).logits, batch)]
 
     def _output(self, model: nn.Module, batch: Batch) -> Any:
-        device = _device(model)
+        device = device_of(model)
         return model(**{name: tensor.to(device) for name, tensor in batch.inputs.items()})
 
     def sha256(self, steps: int, seed: int) -> str:
@@ -285,10 +302,6 @@ class MaskedPairs(MaskedTokens):
 
     terms = ("masked_loss", "next_sentence_loss")
     around = 3
-
-    def __init__(self, config: TrainConfig, text: Corpus) -> None:
-        self._positions = config.seq_len
-        super().__init__(config, text)
 
     def _samples(self, tokens: Tokens | StreamedTokens, seq_len: int, split: str) -> Windows:
         if isinstance(tokens, StreamedTokens):

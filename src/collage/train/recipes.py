@@ -33,6 +33,7 @@ def gpt_125m() -> TrainConfig:
         batch_size=1024,
         micro_batch=16,
         seq_len=2048,
+        data="wikipedia",
         tokenizer="gpt2",
         seed=1234,
         eval_every=1000,
@@ -84,6 +85,7 @@ def bert_base_phase1() -> TrainConfig:
         batch_size=16_384,
         micro_batch=64,
         seq_len=128,
+        data="wikipedia",
         tokenizer="bert",
         eval_every=1000,
         eval_batches=1,
@@ -143,9 +145,9 @@ def llama_7b() -> TrainConfig:
     """LLaMA-7B: 4 million tokens a step in sequences of 2,048, a trillion in all, beta2 = .95.
 
     The settings are those that LLaMA was published with (Touvron et al. 2023, arXiv 2302.13971, section 2); the paper's
-    own, of OpenLLaMA-7B, are not known to us.
+    own, of OpenLLaMA-7B, are not known to us. Of LLaMA's mixture of texts C4 stands for the whole.
     """
-    own = {"recipe": "llama-7b", "model": "llama-7b", "tokenizer": "llama"}
+    own = {"recipe": "llama-7b", "model": "llama-7b", "tokenizer": "llama", "data": "c4"}
     batch = {"batch_size": 2048, "micro_batch": 4, "steps": 238_419, "warmup": 2000}
     return replace(gpt_125m(), lr=3e-4, min_lr=3e-5, **own, **batch)
 
@@ -160,7 +162,7 @@ def _small(config: TrainConfig) -> TrainConfig:
     """The run in a minute on two cores: short, with a vocabulary trained on the text, and measured more often."""
     shape: dict[str, Any] = {"steps": 300, "warmup": 20, "batch_size": 8, "micro_batch": None, "seq_len": 64}
     measured = {"eval_every": 150, "eval_batches": 16, "log_every": 1, "audit_every": 10, "checkpoint_every": 100}
-    return replace(config, vocab_size=1024, seed=0, **shape, **measured)
+    return replace(config, data=None, vocab_size=1024, seed=0, **shape, **measured)
 
 
 # ---- by name ---------------------------------------------------------------------------------------------------
