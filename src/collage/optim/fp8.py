@@ -68,7 +68,7 @@ def to_fp8_(
     return model
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             yield f"{name}.weight", module.weight
