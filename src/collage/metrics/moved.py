@@ -141,8 +141,8 @@ def difference(first: dict[str, Callable[[], Tensor]], second: dict[str, Callabl
             reshaped.append(name)
         elif before.is_floating_point() and after.is_floating_point():
             moved.append(compare(name, before, after))
-    only = ([name for name in a if name not in b] for a, b in ((first, second), (second, first)))
-    return Difference(moved, *only, reshaped)
+    only_first, only_second = ([name for name in a if name not in b] for a, b in ((first, second), (second, first)))
+    return Difference(moved, only_first, only_second, reshaped)
 
 
 def compare(name: str, before: Tensor, after: Tensor) -> Moved:

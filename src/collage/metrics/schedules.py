@@ -36,7 +36,8 @@ def learning_rates(schedule: Any, first: int, last: int) -> list[float]:
         raise TypeError(
             f"schedule must be a function of the step or a torch LRScheduler, got {type(schedule).__name__}"
         )
-    return [float(schedule(step)) for step in range(first, last + 1)]
+    rate: Callable[[int], Any] = schedule
+    return [float(rate(step)) for step in range(first, last + 1)]
 
 
 def _played(scheduler: LRScheduler, steps: int) -> list[float]:

@@ -222,11 +222,14 @@ class Watch:
             self._give(held or [], self._sink)
 
     def _give(self, held: list[_Held], sink: Callable[[Sample], None]) -> None:
+        family = self._family
+        if family is None:
+            return
         with torch.no_grad(), _random_state_kept(held):
             for each in held:
                 seen = sum(piece.end - piece.start for piece in each.pieces)
-                for piece in each.pieces if self._family is not None else []:
-                    sink(self._sample(self._family, each, piece, each.row.elements / max(1, seen)))
+                for piece in each.pieces:
+                    sink(self._sample(family, each, piece, each.row.elements / max(1, seen)))
 
     def _sample(self, family: Family, held: _Held, piece: _Piece, weight: float) -> Sample:
         group, row = held.options, held.row

@@ -121,7 +121,7 @@ def _tensors(content: Any) -> dict[str, Tensor]:
 
 def _distributed(path: Path) -> Tensors:
     """A folder of torch.distributed.checkpoint: everything but the optimizer's."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     known = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -133,7 +133,8 @@ def _distributed(path: Path) -> Tensors:
 
 
 def _from_distributed(path: Path, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     out = {name: torch.empty(shape, dtype=dtype)}
     load(out, storage_reader=FileSystemReader(path), no_dist=True)
