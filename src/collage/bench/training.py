@@ -54,7 +54,7 @@ class Training:
         with torch.device(device):
             self.model: nn.Module = setup.subject.build(dtype=torch.float32, **how)
         if setup.dtype != torch.float32 and setup.strategy is None:
-            self.model.to(dtype=setup.dtype)
+            nn.Module.to(self.model, setup.dtype)
         elif setup.dtype != torch.float32:
             collage.to_low_precision(self.model, setup.dtype)
         if setup.strategy is not None and collage.strategies()[setup.strategy].param.borne:
