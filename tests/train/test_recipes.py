@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from collage.train import checkpoints, runfiles
 from collage.train.config import TrainConfig, UserError
+from collage.train.continuation import continued
+from collage.train.loop import train
 from collage.train.models import MODELS
 from collage.train.recipes import CONTINUING, RECIPES, filled, recipe
 
@@ -105,3 +109,26 @@ def test_an_unknown_recipe_and_a_phase_without_its_first_are_refused() -> None:
         TrainConfig(recipe="gpt-3")
     with pytest.raises(UserError, match="goes on from a checkpoint of bert-base-phase1; name it with --from"):
         filled({"recipe": "bert-base-phase2"})
+
+
+def test_the_second_phase_takes_model_moments_and_text_and_has_its_own_schedule_and_length(
+    text: Path, tmp_path: Path
+) -> None:
+    short = {"data": str(text), "eval_batches": 1, "device": "cpu", "threads": 1}
+    first = TrainConfig.from_json(continued({"recipe": "bert-tiny", "steps": 3, "vocab_size": 270, **short}))
+    train(first, tmp_path / "phase1")
+    given = {"recipe": "bert-tiny-phase2", "from_checkpoint": str(tmp_path / "phase1"), "steps": 4}
+    second = TrainConfig.from_json(continued({**given, **{name: short[name] for name in ("device", "threads")}}))
+    whole = recipe("bert-tiny-phase2")
+    own = ("lr", "min_lr", "schedule", "seq_len", "batch_size", "betas", "eps", "recipe", "model")
+    assert {name: getattr(second, name) for name in own} == {name: getattr(whole, name) for name in own}
+    assert (second.warmup, second.data, second.vocab_size) == (2, str(text), 270)
+    run = train(second, tmp_path / "phase2")
+    assert run["source"]["step"] == 3
+    assert run["corpus"]["sha256"] == runfiles.read_run(tmp_path / "phase1")["corpus"]["sha256"]
+    newest = checkpoints.latest(tmp_path / "phase2/checkpoints")
+    assert newest is not None
+    saved = checkpoints.read(newest, "")
+    assert {float(entry["step"]) for entry in saved.optimizer["state"].values()} == {7.0}
+    with pytest.raises(UserError, match=r"keeps its model.*--model bert-base"):
+        continued({"recipe": "bert-base-phase2", "from_checkpoint": str(tmp_path / "phase1")})
