@@ -17,7 +17,7 @@ import pytest
 
 from collage import cli
 from collage.train import runfiles
-from collage.train.config import TrainConfig, option, setting_names
+from collage.train.config import TASK_SETTINGS, TrainConfig, option, setting_names
 
 SMALL: list[object] = ["--model", "gpt-tiny", "--seq-len", 8, "--batch-size", 2, "--eval-batches", 2]
 SMALL += ["--checkpoint-every", 5, "--threads", 1, "--device", "cpu"]
@@ -54,8 +54,13 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
 def test_every_setting_is_an_option_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert collage("train", "--help") == 0
     shown = capsys.readouterr().out
-    for name in setting_names():
+    for name in set(setting_names()) - set(TASK_SETTINGS):
         assert re.search(rf"│ {option(name)}\s", shown), name
+    assert "--task" not in shown
+    assert collage("finetune", "--help") == 0
+    shown_of_tasks = capsys.readouterr().out
+    for name in (*TASK_SETTINGS, "data", "strategy", "lr"):
+        assert re.search(rf"│ {option(name)}\s", shown_of_tasks), name
     assert "(default: 0.9 0.999)" in " ".join(shown.replace("│", " ").split())
     assert "Optimizer" in shown
     assert "--corpus " not in shown
