@@ -404,7 +404,7 @@ def test_a_checkpoint_that_cannot_be_written_fails_the_run_and_keeps_the_one_bef
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save_file", full)
-        with pytest.raises(RunFailed, match=r"checkpoint of step 6 can't be written.*no space.*--resume"):
+        with pytest.raises(RunFailed, match=r"checkpoint until step 6 can't be written.*no space.*--resume"):
             train(tiny, out)
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000003"]
     train(tiny, out, resume=True)
@@ -446,3 +446,8 @@ def test_float16_skips_a_step_that_overflows_and_goes_on(tiny: TrainConfig, tmp_
     assert trainer["scaler"]["scale"] <= 65536.0
     assert math.isfinite(run["final"]["validation_loss"])
     assert run["final"]["validation_loss"] < records(tmp_path / "run")[0]["loss"]
+
+
+def test_a_model_too_small_for_tiles_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"one that strategy fp8 can keep, got tiny: .* too small"):
+        train(replace(tiny, strategy="fp8"), tmp_path / "run")

@@ -336,7 +336,9 @@ class Own(Mapped):
         if raw:
             twin.state[param] = {name: value.clone() for name, value in raw.items()}
         param.grad = grad.clone().view(like.shape)
-        twin.step()
+        # Not its step(), which runs the hooks that are registered for all optimizers.
+        with torch.no_grad():
+            twin.advance()
         return [part.detach() for part in layout_of(group["strategy"], param).parts("param", param, twin.state[param])]
 
     def _group(self, param: Tensor) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class _Run:
         if config.model_dtype != torch.float32:
             collage.to_low_precision(self.weights, config.model_dtype)
         if collage.strategies()[config.strategy].param.borne:
-            collage.to_fp8_(self.weights, config.strategy)
+            self._keep_in_tiles()
         self.optimizer = collage.AdamW(
             parameter_groups(self.weights, config.weight_decay),
             lr=config.lr,
@@ -334,6 +334,18 @@ class _Run:
         if self.config.task is None:
             return found
         return {**found, "metrics": self.objective.metrics(gather_object(predictions))}
+
+    def _keep_in_tiles(self) -> None:
+        strategy, model = self.config.strategy, self.config.model
+        if self.sharded:
+            raise UserError(
+                f"strategy must be one without tiles with --fsdp, got {strategy}; leave --fsdp out, or shard in a loop "
+                "of your own after collage.to_fp8_(model, shards=...)"
+            )
+        try:
+            collage.to_fp8_(self.weights, strategy)
+        except ValueError as error:
+            raise UserError(f"model must be one that strategy {strategy} can keep, got {model}: {error}") from error
 
     # ---- small questions -----------------------------------------------------------------------------------------
 
