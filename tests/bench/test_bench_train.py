@@ -37,8 +37,8 @@ def test_every_arm_has_a_row_and_its_ratios_are_to_the_best_baseline(run_bench: 
         assert row["ratio"] == pytest.approx(row["ms_p50"] / rows[best]["ms_p50"])
         assert row["ratio_to_unfused"] == pytest.approx(row["ms_p50"] / rows[UNFUSED]["ms_p50"])
         assert row["tokens_per_s"] == pytest.approx(16e3 / row["ms_p50"])
-        # Beside the plan stand buffers that the library keeps, of up to 10 times 512 KB. Autocast is planned as float32,
-        # and keeps some of its activations in 16 bits.
+        # Beside the plan stand buffers that the library keeps, of up to 10 times 512 KB. Autocast is planned as
+        # float32, and keeps some of its activations in 16 bits.
         beside = row["peak_bytes"] - row["planned_peak_bytes"]
         assert (beside < 0) if row["contender"] == AUTOCAST else (0 <= beside < 8e6)
     assert {"device", "commit", "command", "torch"} <= set(rows["collage plus"])
