@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from collage.train import checkpoints, runfiles
+from collage.train import checkpoints, processes, runfiles
 from collage.train.config import TrainConfig, UserError
 from collage.train.loop import _micro_batch, train
 
@@ -67,3 +68,10 @@ def test_the_number_of_processes_changes_nothing_but_rounding(config: TrainConfi
 def test_a_batch_that_processes_cannot_share_is_refused(settings: dict[str, int], processes: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         _micro_batch(TrainConfig(**settings), processes)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_errors_of_a_process_that_is_gone_are_told_from_others() -> None:
+    gone = [RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:123")]
+    gone += [RuntimeError("Read error [127.0.0.1]:123: Connection reset by peer"), dist.DistBackendError("NCCL")]
+    assert all(map(processes.peer_died, gone))
+    assert not any(map(processes.peer_died, [RuntimeError("out of memory"), OSError("no space left on device")]))
