@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,8 @@ def test_the_help_says_what_the_defaults_of_a_continuation_are(capsys: pytest.Ca
         assert collage(command, "--help") == 0
         shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert "--lr a tenth of the source run's, --min-lr a tenth of --lr" in shown
+
+
+def test_the_version_is_told_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert collage("--version") == 0
+    assert capsys.readouterr().out == f"torch-collage {version('torch-collage')}\n"

@@ -170,3 +170,9 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
 
 def test_the_version_is_that_of_the_distribution() -> None:
     assert importlib.metadata.version("torch-collage") == collage.__version__
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """The tests' folders are no packages: of two files of one name pytest and the workers' imports would find one."""
+    names = sorted(path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py")
+    assert [name for name in set(names) if names.count(name) > 1] == []

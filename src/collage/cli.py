@@ -27,6 +27,7 @@ from collage.plan.command import PLAN, plan
 from collage.train.finetune_command import finetune
 from collage.train.options import config_options
 from collage.train.running import COMPARED, FILES, make_runs, train_one
+from collage.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,8 +46,18 @@ app.command(help=PLAN)(plan)
 app.command()(finetune)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"torch-collage {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _collage() -> None:
+def _collage(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """Train wholly in low precision, and see what each update loses."""
 
 

@@ -1,4 +1,4 @@
-"""One of several processes of a sharded run: run by test_sharded.py."""
+"""One of several processes of a sharded run: run by test_sharded_runs.py."""
 
 from __future__ import annotations
 
