@@ -23,7 +23,7 @@ from collage.train.checkpoints import merge
 from collage.train.config import TrainConfig, UserError
 from collage.train.loop import train
 
-WORKER = Path(__file__).with_name("sharded_worker.py")
+WORKER = Path(__file__).with_name("sharded_run_worker.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 # Of several processes on CPUs accelerate itself starts none without MPI.
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
