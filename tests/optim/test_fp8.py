@@ -90,11 +90,28 @@ def test_a_shared_weight_stays_one_and_attributes_stay() -> None:
     assert len(list(net.parameters())) == 7
 
 
+def test_tiles_may_be_low_and_the_rest_be_cast_later() -> None:
+    net = collage.to_fp8_(model(), tile=(1, 32), cast=False)
+    form = net[1].weight.form
+    assert (form.rows, form.columns) == (1, 32)
+    assert net[1].weight.scale.shape == (net[1].weight.shape[0], net[1].weight.shape[1] // 32)
+    assert net[1].bias.dtype == torch.float32
+    collage.to_low_precision(net)
+    optimizer = collage.AdamW(net.parameters(), strategy="fp8")
+    # A bias keeps 16 bits, of which the first 8 are what the model reads.
+    full, wanted = optimizer.full_param(net[1].bias), model()[1].bias.detach()
+    assert net[1].bias.dtype == torch.bfloat16
+    assert not torch.equal(net[1].bias.float(), wanted)
+    assert ((full - wanted).abs() <= wanted.abs() * 2.0**-16).all()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: collage.to_fp8_(model(), "plus"), "'plus' keeps no parameters in tiles"),
-        (lambda: collage.to_fp8_(model(), tile=48), "power of two >= 32 .* got 48 and 1"),
+        (lambda: collage.to_fp8_(model(), tile=48), "power of two >= 32, .* got 48 and 1"),
+        (lambda: collage.to_fp8_(model(), tile=(3, 64)), r"first may be less, .* got \(3, 64\) and 1"),
+        (lambda: collage.to_fp8_(model(), tile=(0, 64)), r"got \(0, 64\)"),
         (lambda: collage.to_fp8_(model(), shards=0), "got 128 and 0"),
         (lambda: collage.to_fp8_(model().half()), "0.weight is torch.float16; allowed"),
         (lambda: collage.to_fp8_(nn.Linear(8, 8)), "no Linear or Embedding weight that could be kept"),

@@ -59,6 +59,7 @@ def copied(sources: Sequence[Path], out: Path) -> None:
         saves.wait()
     whole_norm(accelerator)
     reduced(accelerator)
+    replicated(accelerator)
     # Nothing of a checkpoint with other dtypes is loaded: the tensors stay at zero.
     wanted = sharded.tensors(model, optimizer)
     name = list(wanted)[-1]
@@ -96,6 +97,16 @@ def reduced(accelerator: Any) -> None:
         grad: Any = model.weight.grad
         mean = grad.full_tensor() if cut else grad
         assert bool((mean == 258.0).all()) == (dtype == "float32"), (dtype, cut, mean)
+
+
+def replicated(accelerator: Any) -> None:
+    """What tiles hold beyond bfloat16 stays when DDP takes the model."""
+    torch.manual_seed(0)
+    model = collage.to_fp8_(torch.nn.Linear(64, 64))
+    assert isinstance(model.weight, collage.TiledTensor)
+    before = model.weight.exact()
+    processes.replicate(model, accelerator, "model")
+    assert torch.equal(model.weight.exact(), before)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from collage import split_tiles
 from collage.train import checkpoints, loop, processes, runfiles
 from collage.train.checkpoints import merge
 from collage.train.config import TrainConfig, UserError
@@ -55,7 +56,7 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
     assert len(tensors) > len(saved.weights)
     return {
         f"{name} {t.dtype} {tuple(t.shape)}": t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        for name, t in (tensors | saved.weights).items()
+        for name, t in (tensors | split_tiles(saved.weights)).items()
     }
 
 
@@ -108,6 +109,25 @@ def test_a_sharded_run_equals_one_process_and_goes_on_with_any_number(config: Tr
     assert checkpoints.missing_files(last[1]) == [lost.name]
     with pytest.raises(UserError, match=rf"whole checkpoint is wanted, got .*, which lacks {lost.name}"):
         merge(last[1], tmp_path / "other")
+
+
+def test_weights_in_tiles_are_sharded_and_go_on_in_one_process(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, strategy="fp8", steps=4, eval_every=0)
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps(config.to_json()))
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(config, one)
+    done = run(*TORCHRUN, 2, "-m", "collage", "train", "--config", settings, "--out", two)
+    assert done.returncode == 0, done.stderr
+    bits = contents(two / "checkpoints/step-000004")
+    assert bits == contents(one / "checkpoints/step-000004")
+    assert sum(".hi torch.float8_e4m3fn" in name for name in bits) == 6
+
+    for out in (one, two):
+        train(runfiles.resume_config(out, {"steps": 6}), out, resume=True)
+    assert contents(two / "checkpoints/step-000006") == contents(one / "checkpoints/step-000006")
+    with pytest.raises(UserError, match=r"got --fsdp False \(the run has True\); allowed to change: --audit-every, "):
+        runfiles.resume_config(two, {"fsdp": False})
 
 
 def test_processes_that_die_cost_the_steps_since_the_last_checkpoint(config: TrainConfig, tmp_path: Path) -> None:

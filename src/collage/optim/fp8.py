@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from collage.optim.adamw import AdamW
-from collage.optim.batches import is_sharded
 from collage.optim.lowprecision import take_full_value, to_low_precision
+from collage.optim.sharding import is_sharded, local, placed_as
 from collage.optim.strategies import Strategy, from_plain, plain, resolve
 from collage.storage import Tiled, TiledTensor, form_of
 
@@ -21,7 +21,13 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @torch.no_grad()
 def to_fp8_(
-    model: ModuleT, strategy: str | Strategy = "fp8", *, forward: str = "value", tile: int = 128, shards: int = 1
+    model: ModuleT,
+    strategy: str | Strategy = "fp8",
+    *,
+    forward: str = "value",
+    tile: int | tuple[int, int] = 128,
+    shards: int = 1,
+    cast: bool = True,
 ) -> ModuleT:
     """Swaps the weights of Linear and Embedding layers for parameters that are kept in float8 components alone.
 
@@ -35,9 +41,12 @@ def to_fp8_(
         model: a model in float32 or bfloat16, changed in place; not yet sharded.
         strategy: one that keeps parameters in tiles: fp8, fp8-native, fp8-3, naive-fp8.
         forward: what the model reads: "value" (hi + lo) or "hi".
-        tile: rows and columns that share a scale: a power of two, at least 32.
+        tile: rows and columns that share a scale, or one number for both: powers of two, columns at least 32. Tiles of
+            one row, (1, 128), can be shared by any number of processes, and cost 1/128 byte per parameter more.
         shards: over how many processes FSDP2 will shard the rows. The height of the tiles then becomes the largest
             power of two that divides each process's rows.
+        cast: whether to cast the other parameters. False where the model is sharded next: a cast after that, by
+            :func:`collage.to_low_precision`, keeps their full values for the optimizer.
 
     Returns:
         The model.
@@ -48,12 +57,15 @@ def to_fp8_(
     record = resolve(strategy)
     if not isinstance(record.param, Tiled):
         raise ValueError(f"strategy {record.name!r} keeps no parameters in tiles; allowed: fp8, fp8-native, fp8-3")
-    if tile < 32 or tile & (tile - 1) or shards < 1:
-        raise ValueError(f"tile must be a power of two >= 32 and shards >= 1, got {tile} and {shards}")
-    to_low_precision(model, torch.bfloat16)
+    rows, columns = tile if isinstance(tile, tuple) else (tile, tile)
+    if min(rows, columns // 32, shards) < 1 or rows & (rows - 1) or columns & (columns - 1):
+        raise ValueError(
+            f"tile must be a power of two >= 32, or a pair of which the first may be less, and shards >= 1, got {tile} "
+            f"and {shards}"
+        )
     swapped: dict[int, nn.Parameter] = {}
     for name, weight in _weights(model):
-        form = _form(record, weight, tile, shards)
+        form = _form(record, weight, (rows, columns), shards)
         if form is not None and id(weight) not in swapped:
             _check(name, weight)
             full = take_full_value(weight)
@@ -65,7 +77,7 @@ def to_fp8_(
         for name, param in module._parameters.items():
             if param is not None and id(param) in swapped:
                 module._parameters[name] = swapped[id(param)]
-    return model
+    return to_low_precision(model, torch.bfloat16) if cast else model
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -74,16 +86,16 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.weight", module.weight
 
 
-def _form(strategy: Strategy, weight: Tensor, tile: int, shards: int) -> Tiled | None:
+def _form(strategy: Strategy, weight: Tensor, tile: tuple[int, int], shards: int) -> Tiled | None:
     """How the strategy keeps a weight; None if it cannot, or if that is done already."""
     assert isinstance(strategy.param, Tiled)
     if form_of(weight) is not None or weight.dim() != 2:
         return None
-    rows = tile
+    rows, columns = tile
     if shards > 1:
         each = gcd(-(-weight.shape[0] // shards), weight.shape[0])
-        rows = min(tile, each & -each)
-    storage = Tiled(strategy.param.of, rows, tile)
+        rows = min(rows, each & -each)
+    storage = Tiled(strategy.param.of, rows, columns)
     moments = (strategy.exp_avg.fitted(weight.shape), strategy.exp_avg_sq.fitted(weight.shape))
     return None if None in moments else storage.fitted(weight.shape)
 
@@ -91,7 +103,7 @@ def _form(strategy: Strategy, weight: Tensor, tile: int, shards: int) -> Tiled |
 def _check(name: str, weight: Tensor) -> None:
     if is_sharded(weight):
         raise ValueError(f"{name} is sharded already; call collage.to_fp8_(model, shards=...) before fully_shard")
-    if weight.dtype != torch.bfloat16:
+    if weight.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"{name} is {weight.dtype}; allowed: a model in torch.float32 or torch.bfloat16")
 
 
@@ -103,20 +115,23 @@ def split_tiles(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A parameter ``w`` in tiles becomes ``w.hi``, ``w.lo`` (``w.lo2``), ``w.scale`` and ``w.form``: the components, and
     the storage's record as JSON in UTF-8. Of parameters that share components the first is written, and ``w.form`` of
-    the others names it.
+    the others names it. Components of a sharded parameter are sharded as it is.
     """
     found: dict[str, Tensor] = {}
-    first: dict[int, str] = {}
+    first: dict[int | str, str] = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, TiledTensor):
+        here = local(tensor.detach())
+        if not isinstance(here, TiledTensor):
             found[name] = tensor
             continue
-        owner = first.setdefault(tensor.hi.data_ptr(), name)
-        record = {"same_as": owner} if owner != name else {**plain(tensor.form), "forward": tensor.forward}
+        # A process's share may be empty, and then has no address.
+        owner = first.setdefault(here.hi.data_ptr() or name, name)
+        record = {"same_as": owner} if owner != name else {**plain(here.form), "forward": here.forward}
         found[f"{name}.form"] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
         if owner == name:
-            for part, value in zip(tensor.part_names, tensor.parts, strict=True):
-                found[f"{name}.{part}"] = value.detach()
+            components = here.form.components(torch.bfloat16)
+            for part, value, component in zip(here.part_names, here.parts, components, strict=True):
+                found[f"{name}.{part}"] = placed_as(value.detach(), tensor, component.shape(tensor.shape))
     return found
 
 

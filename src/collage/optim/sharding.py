@@ -51,12 +51,14 @@ def new_component(param: Any, component: Component) -> Tensor:
     return zeros(*shape, dtype=component.dtype, device_mesh=param.device_mesh, placements=param.placements)
 
 
-def placed_as(value: Tensor, param: Any) -> Tensor:
-    """The local part of a tensor of the parameter's shape as that tensor, sharded as the parameter is."""
+def placed_as(value: Tensor, param: Any, shape: Sequence[int] | None = None) -> Tensor:
+    """The local part of a tensor as that tensor, sharded as the parameter is; of its shape unless another is said."""
     if not is_sharded(param):
         return value
+    size = param.shape if shape is None else torch.Size(shape)
+    stride = torch.empty(size, device="meta").stride()
     return type(param.data).from_local(
-        value, param.device_mesh, param.placements, shape=param.shape, stride=param.stride(), run_check=False
+        value, param.device_mesh, param.placements, shape=size, stride=stride, run_check=False
     )
 
 

@@ -280,7 +280,7 @@ def _read_shards(path: Path, groups: list[dict[str, Any]], remedy: str) -> _Read
         else:
             param, _, name = key.removeprefix(shards.OPTIMIZER).rpartition(".")
             state.setdefault(index[param], {})[name] = tensor
-    return weights, state
+    return collage.join_tiles(weights), state
 
 
 def check_config(path: Path, trainer: dict[str, Any], config: TrainConfig) -> None:

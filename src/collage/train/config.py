@@ -268,14 +268,17 @@ _FILLED = {"warmup": "warmup_steps", "min_lr": "final_lr"}
 def resumed(stored: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     """The settings a run goes on with: those it was started with, which count, and `given`.
 
-    What is observed and where it is computed may change. More steps are allowed under a constant learning rate only:
-    the other schedules depend on the number of steps from the first one on.
+    What is observed and where it is computed may change, but not whether weights in tiles are sharded. More steps are
+    allowed under a constant learning rate only: the other schedules depend on the number of steps from the first one
+    on.
 
     Raises:
         UserError: `given` contradicts the run's own settings; the message names each.
     """
     unknown_settings(given)
     free = {*OBSERVING, *EXECUTING}
+    if collage.strategies()[stored.strategy].param.borne:
+        free.discard("fsdp")  # which decides how high tiles are
     wanted = replace(stored, **given)
     if stored.schedule == "constant" and wanted.steps >= stored.steps:
         free.add("steps")

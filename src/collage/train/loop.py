@@ -105,14 +105,14 @@ class _Run:
             self.weights = tuning.model(config.seed, attention, config.dropout)
             self.dropout = 1.0  # the checkpoint's own, whatever that is
         fresh_sha256 = runfiles.weights_sha256(self.weights)
+        if collage.strategies()[config.strategy].param.borne:
+            self._keep_in_tiles()
         if self.sharded:
             processes.shard(self.weights, self.device, self.processes, config.reduce_dtype)
         else:
             self.weights.to(self.device)  # pyright: ignore[reportArgumentType] - wrapped by transformers
         if config.model_dtype != torch.float32:
             collage.to_low_precision(self.weights, config.model_dtype)
-        if collage.strategies()[config.strategy].param.borne:
-            self._keep_in_tiles()
         self.optimizer = collage.AdamW(
             parameter_groups(self.weights, config.weight_decay),
             lr=config.lr,
@@ -336,14 +336,10 @@ class _Run:
         return {**found, "metrics": self.objective.metrics(gather_object(predictions))}
 
     def _keep_in_tiles(self) -> None:
+        """Before the model is sharded; tiles of one row are whole in any number of processes."""
         strategy, model = self.config.strategy, self.config.model
-        if self.sharded:
-            raise UserError(
-                f"strategy must be one without tiles with --fsdp, got {strategy}; leave --fsdp out, or shard in a loop "
-                "of your own after collage.to_fp8_(model, shards=...)"
-            )
         try:
-            collage.to_fp8_(self.weights, strategy)
+            collage.to_fp8_(self.weights, strategy, tile=(1, 128) if self.config.fsdp else 128, cast=False)
         except ValueError as error:
             raise UserError(f"model must be one that strategy {strategy} can keep, got {model}: {error}") from error
 

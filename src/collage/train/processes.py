@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from collage.storage import form_of
 from collage.train.config import TrainConfig, UserError
 
 
@@ -78,7 +79,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def replicate(model: nn.Module, accelerator: Accelerator, reduce_dtype: str) -> nn.Module:
     """The model itself on one process; on several wrapped by DDP, which adds up the gradients in `reduce_dtype`."""
-    wrapped: nn.Module = accelerator.prepare_model(model, device_placement=False)
+    if accelerator.num_processes > 1 and any(form_of(param) for param in model.parameters()):
+        # What DDP broadcasts first it writes into tiles rounded to bfloat16; and accelerate can't tell it not to.
+        devices = [accelerator.device] if accelerator.device.type != "cpu" else None
+        wrapped: nn.Module = nn.parallel.DistributedDataParallel(model, device_ids=devices, init_sync=False)
+    else:
+        wrapped = accelerator.prepare_model(model, device_placement=False)
     if isinstance(wrapped, nn.parallel.DistributedDataParallel) and reduce_dtype == "float32":
         # DDP compares a hook's annotations with classes, which those of this module are not: they are text.
         wrapped.register_comm_hook(None, lambda _, bucket: _mean_in_float32(bucket))  # pyright: ignore[reportArgumentType]

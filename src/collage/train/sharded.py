@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+import collage
 from collage.train import checkpoints, shards
 from collage.train.checkpoints import CheckpointError, Progress
 from collage.train.config import TrainConfig
@@ -97,13 +98,14 @@ def tensors(model: torch.nn.Module, optimizer: Optimizer, *, by_index: bool = Fa
     """The very tensors that a checkpoint has, by the names it has for them.
 
     Args:
-        model: its weights, tied ones once.
+        model: its weights, tied ones once, those in tiles as their components.
         optimizer: on named parameters, each with its state.
         by_index: names as in checkpoints that aren't sharded, where the optimizer's are "index.state".
     """
     tied = checkpoints.tied_names(model)
     prefix = "" if by_index else shards.WEIGHTS
-    found = {f"{prefix}{name}": weight for name, weight in model.state_dict().items() if name not in tied}
+    weights = {name: weight for name, weight in model.state_dict().items() if name not in tied}
+    found = {f"{prefix}{name}": tensor for name, tensor in collage.split_tiles(weights).items()}
     pairs = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
     for index, (name, param) in enumerate(pairs):
         prefix = f"{index}" if by_index else f"{shards.OPTIMIZER}{name}"
