@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 import collage
-from collage.metrics import watch
+from collage.metrics import comparison, watch
 from comparing import bits, values
 
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
@@ -424,11 +424,11 @@ def test_a_memory_bound_samples_runs_of_the_elements_and_scales_them(monkeypatch
         audit = collage.audit(opt, every=2, memory=memory)
         step_with(opt, 1)
         with_pieces: list[int] = []
-        compared = watch.Watch._compared
+        compared = comparison.compared
         monkeypatch.setattr(
-            watch.Watch,
-            "_compared",
-            lambda self, held: with_pieces.append(_nbytes(held.pieces)) or compared(self, held),
+            watch,
+            "compared",
+            lambda held, family: with_pieces.append(_nbytes(held.pieces)) or compared(held, family),
         )
         step_with(opt, 2)
         monkeypatch.undo()

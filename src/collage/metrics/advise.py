@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from collage.kernels import total
 from collage.metrics.audit import inner_optimizers
-from collage.metrics.watch import Sample, Watch
+from collage.metrics.comparison import Sample
+from collage.metrics.watch import Watch
 from collage.numerics import random_bits
 from collage.optim import Strategy, strategies
 from collage.storage import Storage

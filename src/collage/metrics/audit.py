@@ -9,10 +9,11 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from collage.metrics.copies import Row, Rows
 from collage.metrics.records import Record, record_of
 from collage.metrics.schedules import learning_rates
 from collage.metrics.verdict import Facts, forecast, verdict
-from collage.metrics.watch import Row, Rows, Watch
+from collage.metrics.watch import Watch
 from collage.optim import AdamW, StepRow
 from collage.optim.strategies import LOW_PRECISION, layout_of, resolve
 

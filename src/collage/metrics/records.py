@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from collage.kernels import SUMS
+from collage.metrics.copies import Row
 from collage.metrics.figures import LOWEST, MORE
-from collage.metrics.watch import Row
 
 
 class UpdateUlps(TypedDict):
