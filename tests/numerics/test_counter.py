@@ -69,7 +69,7 @@ def test_the_stream_never_changes():
 
 
 @given(st.integers(0, 2**32 - 1), st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_words_equal_pythons_integers(index, key):
     word = words(torch.tensor([int32(index)], dtype=torch.int32), key)
     assert word.dtype == torch.int32

@@ -122,7 +122,7 @@ def test_any_list_within_reach_is_normalised_and_keeps_its_value(fmt, n):
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 2**16 - 1)] * 4), min_size=1, max_size=16), st.sampled_from(FORMATS))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_patterns_at_any_distance_keep_their_value(patterns, fmt):
     for n in (2, 3, 4):
         x = tuple(from_bits([p[i] >> 8 * (2 - min(fmt.bytes, 2)) for p in patterns], fmt.dtype) for i in range(n))
@@ -202,7 +202,7 @@ def test_from_wide_normalises_at_ties(fmt, n):
 @given(
     st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12), st.sampled_from(FORMATS), st.sampled_from([2, 3, 4])
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_from_wide_takes_any_pattern(patterns, fmt, n):
     x = torch.tensor([p - 2**64 if p >= 2**63 else p for p in patterns], dtype=torch.int64).view(torch.float64)
     check_from_wide(from_wide, fmt, n, x[x.abs() < fmt.max])
@@ -355,7 +355,7 @@ def test_bounds_hold_across_underflow(fmt, n):
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(FORMATS), st.sampled_from([2, 3, 4]), st.integers(0, 40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_bounds_hold_for_random_operands_at_random_distances(seed, fmt, n, distance):
     x, y = two(fmt, n, 16, seed)
     y = scale(y, 2.0 ** -min(distance, -fmt.emin // 2))

@@ -143,7 +143,7 @@ def nearest_away(q: Fraction, fmt: Format) -> float:
 
 
 @given(PATTERNS64)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 def test_float64_patterns_obey_the_rationals(patterns):
     x = doubles(patterns)
     for fmt in FORMATS:
@@ -151,7 +151,7 @@ def test_float64_patterns_obey_the_rationals(patterns):
 
 
 @given(PATTERNS32)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 def test_float32_patterns_obey_the_rationals(patterns):
     x = from_bits(patterns, torch.float32)
     for fmt in FORMATS:
@@ -159,7 +159,7 @@ def test_float32_patterns_obey_the_rationals(patterns):
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 2**37 - 1)), min_size=1, max_size=12))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 def test_float64_numbers_in_the_formats_range_obey_the_rationals(parts):
     """Random patterns seldom fall in a small format's range: a number of the format with random lower bits does."""
     for fmt in FORMATS:
