@@ -43,6 +43,8 @@ def test_an_unknown_setting_is_named_with_its_neighbour() -> None:
         ({"batch_size": 6, "micro_batch": 4}, r"micro_batch must be a divisor of batch_size \(6\), got 4"),
         ({"vocab_size": 300}, "vocab_size must be 257 with the byte tokenizer, got 300; use tokenizer bpe"),
         ({"arithmetic": "working", "strategy": "plus"}, "with arithmetic working, got 'plus'"),
+        ({"forward": "lo", "strategy": "fp8"}, "forward must be one of value, hi, got 'lo'"),
+        ({"forward": "hi"}, "strategy must be one of fp8, .* with forward hi, got 'plus'"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_what_got_and_allowed(settings: dict[str, Any], message: str) -> None:

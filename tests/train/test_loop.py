@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from collage.storage import TiledTensor
 from collage.train import checkpoints, loop, runfiles
 from collage.train.config import RunFailed, TrainConfig, UserError
 from collage.train.data import Windows, prepare_corpus
@@ -451,3 +452,19 @@ def test_float16_skips_a_step_that_overflows_and_goes_on(tiny: TrainConfig, tmp_
 def test_a_model_too_small_for_tiles_is_refused(tiny: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one that strategy fp8 can keep, got tiny: .* too small"):
         train(replace(tiny, strategy="fp8"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("forward", ["value", "hi"])
+def test_a_resumed_run_in_tiles_has_the_bits_of_one_that_never_stopped(
+    tiny: TrainConfig, tmp_path: Path, forward: str
+) -> None:
+    config = replace(tiny, model="gpt-tiny", strategy="fp8", forward=forward, steps=4, schedule="constant", warmup=0)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config, whole)
+    train(replace(config, steps=2), parts)
+    train(runfiles.resume_config(parts, {"steps": 4}), parts, resume=True)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [(out / "checkpoints/step-000004" / name).read_bytes() for out in (whole, parts)]
+        assert files[0] == files[1]
+    weights = checkpoints.read(whole / "checkpoints/step-000004", "").weights
+    assert {weight.forward for weight in weights.values() if isinstance(weight, TiledTensor)} == {forward}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import collage
+from collage.storage.tensor import FORWARDS
 from collage.train.config import (
     ARITHMETICS,
     BYTE_VOCABULARY,
@@ -81,6 +82,7 @@ def _check_choices(config: TrainConfig) -> None:
         "schedule": SCHEDULES,
         "grad_dtype": GRAD_DTYPES,
         "reduce_dtype": REDUCE_DTYPES,
+        "forward": FORWARDS,
     }
     if config.backend is not None:
         choices["backend"] = [backend.name for backend in collage.backends().values() if backend.available]
@@ -127,6 +129,9 @@ def _check_together(config: TrainConfig) -> None:
         raise _fail("strategy", config.strategy, f"one of {', '.join(able)} with arithmetic working")
     if config.arithmetic == "working" and config.backend not in (None, "eager"):
         raise _fail("backend", config.backend, "eager with arithmetic working", "leave it unset")
+    if config.forward != "value" and not collage.strategies()[config.strategy].param.borne:
+        able = [name for name, strategy in collage.strategies().items() if strategy.param.borne]
+        raise _fail("strategy", config.strategy, f"one of {', '.join(able)} with forward {config.forward}")
     if config.dropout is not None and config.dropout >= 1.0:
         raise _fail("dropout", config.dropout, "less than 1")
     if config.stream and config.corpus_bytes is not None:

@@ -99,6 +99,11 @@ class TrainConfig:
     arithmetic: str = _setting(
         "fp32", MODEL, "What the optimizer computes in: fp32, or working (each operation rounded to the format)."
     )
+    forward: str = _setting(
+        "value",
+        MODEL,
+        "What the model reads of weights in tiles (fp8 and its kin): value (hi + lo), or hi alone.",
+    )
     backend: str | None = _setting(
         None, MODEL, "Which implementation does the optimizer step; unset: the fastest one for the device."
     )

@@ -337,11 +337,13 @@ class _Run:
 
     def _keep_in_tiles(self) -> None:
         """Before the model is sharded; tiles of one row are whole in any number of processes."""
-        strategy, model = self.config.strategy, self.config.model
+        config = self.config
+        tile = (1, 128) if config.fsdp else 128
         try:
-            collage.to_fp8_(self.weights, strategy, tile=(1, 128) if self.config.fsdp else 128, cast=False)
+            collage.to_fp8_(self.weights, config.strategy, forward=config.forward, tile=tile, cast=False)
         except ValueError as error:
-            raise UserError(f"model must be one that strategy {strategy} can keep, got {model}: {error}") from error
+            said = f"model must be one that strategy {config.strategy} can keep, got {config.model}: {error}"
+            raise UserError(said) from error
 
     # ---- small questions -----------------------------------------------------------------------------------------
 
