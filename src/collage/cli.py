@@ -24,7 +24,8 @@ except ModuleNotFoundError as error:
 
 from collage.bench.command import bench
 from collage.plan.command import PLAN, plan
-from collage.train.finetune_command import finetune
+from collage.report.command import report, show_report
+from collage.report.finetune_command import finetune
 from collage.train.options import config_options
 from collage.train.running import COMPARED, FILES, make_runs, train_one
 from collage.version import __version__
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from collage.metrics.moved import Difference
-    from collage.report.write import Report
 
 app = typer.Typer(
     help="Train wholly in low precision, and see what each update loses.",
@@ -43,7 +43,6 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command(help=PLAN)(plan)
-app.command()(finetune)
 
 
 def _show_version(asked: bool) -> None:
@@ -177,7 +176,10 @@ def compare(
     start = ""
     if plan.config.from_checkpoint is not None:
         start = f"all continue from {plan.config.from_checkpoint}, {learning_rates(plan.config.to_json())}"
-    make_runs(plan, jobs, "compare", start, lambda known: _show_report(report_on_compare(out, **known), json_file))
+    make_runs(plan, jobs, "compare", start, lambda known: show_report(report_on_compare(out, **known), json_file))
+
+
+app.command()(finetune)
 
 
 @app.command()
@@ -271,39 +273,7 @@ def merge(
     typer.echo(f"merged {checkpoint} into {out}")
 
 
-@app.command()
-def report(
-    directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders that `collage train` or `collage compare` wrote.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for report.html, report.md and plots/. Unset: the first DIR.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    follow: Annotated[
-        bool,
-        typer.Option(
-            "--watch", help="Serve the page to this machine, following runs as they go, until Ctrl-C; writes no file."
-        ),
-    ] = False,
-    port: Annotated[
-        int | None,
-        typer.Option(min=0, max=65535, help="Port for --watch; 0: any. Unset: 8420, or the next one that is free."),
-    ] = None,
-) -> None:
-    """Make report.html, report.md and plots from the files of runs and comparisons, of any age."""
-    need("report")
-    if follow:
-        from collage.report.watch import watch
-
-        if out is not None or json_file is not None:
-            raise UserError("--watch writes no file, so it takes neither --out nor --json; leave them out")
-        return watch(directories, port, typer.echo)
-    if port is not None:
-        raise UserError(f"--port is for --watch, got {port} without it; add --watch or leave --port out")
-    from collage.report.write import report_on
-
-    _show_report(report_on(directories, out), json_file)
+app.command()(report)
 
 
 @app.command()
@@ -362,22 +332,6 @@ def _show_difference(found: Difference, every_tensor: bool, console: Console) ->
     ):
         if names:
             console.print(f"{len(names)} tensors {where}, the first: {names[0]}", markup=False, highlight=False)
-
-
-def _show_report(report: Report, json_file: Path | None) -> None:
-    from rich.console import Console
-
-    from collage.report.page import show
-    from collage.report.summary import data
-    from collage.train.runfiles import write_json
-
-    console = Console()
-    show(report.summary, console)
-    console.print(f"report: {report.html}", markup=False, highlight=False, soft_wrap=True)
-    if json_file is not None:
-        write_json(json_file, data(report.summary))
-    if report.summary["warnings"]:
-        raise RunFailed("runs of one seed did not start alike, so the figures are no comparison")
 
 
 def main(arguments: list[str] | None = None) -> None:

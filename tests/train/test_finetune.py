@@ -263,3 +263,8 @@ def test_the_command_fine_tunes_and_compares_strategies(
     }
     assert all(len(found) == 1 for found in hashes.values())
     assert "accuracy" in capsys.readouterr().out
+    page, text = ((tmp_path / f"several/report.{kind}").read_text() for kind in ("html", "md"))
+    shown = f"{accuracy['mean']:.4f} ± {accuracy['spread']:.4f}"
+    assert f"| plain | {shown} |" in text
+    assert shown in page
+    assert "| strategy | accuracy | validation loss |" in text

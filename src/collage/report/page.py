@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from collage.report.differences import Difference
-from collage.report.wording import COLUMNS, START_COLUMNS, Column, cells, start_text, verdict
+from collage.report.wording import START_COLUMNS, Column, cells, columns, start_text, verdict
 
 _MARKDOWN_SIGNS = re.compile(r"([\\`*_\[\]<>|])")
 
@@ -125,13 +125,14 @@ def context(
     summary: Mapping[str, Any], pictures: Sequence[Picture] = (), differing: Sequence[Difference] = ()
 ) -> dict[str, Any]:
     """What the templates show."""
+    shown = columns(summary)
     return {
         "title": _title(summary),
         "subtitle": _subtitle(summary),
         "warnings": warnings(summary),
         "verdicts": _verdicts(summary),
-        "columns": COLUMNS,
-        "rows": [cells(row) for row in summary["strategies"]],
+        "columns": shown,
+        "rows": [cells(row, shown) for row in summary["strategies"]],
         "start": start_text(summary),
         "start_columns": START_COLUMNS,
         "start_rows": [cells(row, START_COLUMNS) for row in summary["strategies"]],
@@ -215,7 +216,7 @@ def markdown(entries: Mapping[str, Any]) -> str:
 
 def table(summary: Mapping[str, Any], console: Console) -> Table:
     """The figures of all strategies: a line for each, or where the console is too narrow for that, a column."""
-    lines = _lines(summary, COLUMNS)
+    lines = _lines(summary, columns(summary))
     upright = _table(lines)
     if Measurement.get(console, console.options.update(width=1000), upright).minimum <= console.width:
         return upright

@@ -48,6 +48,15 @@ def start(group: Group) -> dict[str, Any]:
     return {"conversion": errors or None, "start_validation_loss": mean(losses)}
 
 
+def metrics(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the task of fine-tuned runs measures: mean, spread and values by name; empty for other runs."""
+    finals = [section(section(run.record, "final"), "metrics") for run in runs]
+    values = {
+        name: [number(final.get(name)) for final in finals] for name in dict.fromkeys(n for f in finals for n in f)
+    }
+    return {name: {"mean": mean(each), "spread": spread(each), "values": each} for name, each in values.items()}
+
+
 def row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     """The figures of one group, over its finished runs; null where a figure is missing for one of them."""
     runs = group.finished
@@ -65,6 +74,7 @@ def row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     sizes = {key: largest([run.figure(key) for run in group.shown]) for key in SIZES}
     figures |= {key: None if size is None else int(size) for key, size in sizes.items()}
     figures["bytes_per_param"] = largest([run.figure("bytes_per_param") for run in group.shown])
+    figures["metrics"] = metrics(runs)
     figures |= start(group)
     figures[f"difference_from_{BASELINE}"] = difference_from(group, baseline_of(group, groups))
     figures["runs"] = [run.name for run in runs]

@@ -71,8 +71,8 @@ COLUMNS = (
     ),
     Column(
         "validation loss",
-        "Mean cross-entropy, in nats per token, on text that was not trained on; less is better. The mean over "
-        "the seeds ± their sample standard deviation (with one seed there is no ±).",
+        "Mean cross-entropy, in nats per token (per example where runs fine-tune), on what was not trained on; less "
+        "is better. The mean over the seeds ± their sample standard deviation (with one seed there is no ±).",
         lambda row: with_spread(row["validation_loss"], row["validation_loss_spread"]),
     ),
     Column(
@@ -140,6 +140,21 @@ COLUMNS = (
 
 def _converted(role: str) -> Callable[[Row], str]:
     return lambda row: conversion_text((row["conversion"] or {}).get(role))
+
+
+def columns(summary: Mapping[str, Any]) -> tuple[Column, ...]:
+    """The columns of a summary's table: where runs fine-tune, the metrics of their task stand before the rest."""
+    names = dict.fromkeys(name for row in summary["strategies"] for name in row["metrics"])
+    return (COLUMNS[0], *map(_metric, names), *COLUMNS[1:])
+
+
+def _metric(name: str) -> Column:
+    def show(row: Row) -> str:
+        found = row["metrics"].get(name)
+        return MISSING if found is None else with_spread(found["mean"], found["spread"])
+
+    explanation = "The task's own measure, on its validation examples after the last step; the mean over the seeds ±."
+    return Column(name, explanation, show)
 
 
 START_COLUMNS = (

@@ -1,4 +1,4 @@
-"""The command `collage finetune`."""
+"""The command `collage finetune`, which ends in a report where it compares."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from collage.report.command import show_report
 from collage.train.config import TASK, TrainConfig, UserError, setting_names
 from collage.train.extras import need
 from collage.train.options import config_options
@@ -69,7 +70,9 @@ def finetune(
     json_file: Annotated[
         Path | None,
         typer.Option(
-            "--json", help="Write run.json, or the comparison's table, to this file as well.", rich_help_panel=FILES
+            "--json",
+            help="Write run.json, or the comparison's compare.json, to this file as well.",
+            rich_help_panel=FILES,
         ),
     ] = None,
 ) -> None:
@@ -116,11 +119,10 @@ def _compare_fine_tuned(
     resume: bool,
     json_file: Path | None,
 ) -> None:
-    from rich.console import Console
-
+    need("report")
+    from collage.report.write import report_on_compare
     from collage.train import finetune as finetuning
     from collage.train.compare import COMPARE_FILE, make_plan, share_machine
-    from collage.train.runfiles import FORMAT, write_json
 
     for name in ("strategy", "seed"):
         if name in settings:
@@ -130,14 +132,5 @@ def _compare_fine_tuned(
     else:
         settings = finetuning.settings(settings, epochs)
     plan, jobs = share_machine(make_plan(settings, strategies, seeds, out, resume=resume), jobs)
-
-    def conclude(known: dict[str, Any]) -> None:
-        rows = finetuning.rows(plan)
-        status = "incomplete" if plan.left() else "finished"
-        result = {"format": FORMAT, "status": status, **known, "task": plan.config.task, "strategies": rows}
-        for path in (out / COMPARE_FILE, json_file):
-            if path is not None:
-                write_json(path, result)
-        Console().print(finetuning.table(rows))
-
-    make_runs(plan, jobs, "finetune", f"all from {plan.config.pretrained}, on {plan.config.task}", conclude)
+    start = f"all from {plan.config.pretrained}, on {plan.config.task}"
+    make_runs(plan, jobs, "finetune", start, lambda known: show_report(report_on_compare(out, **known), json_file))
