@@ -353,7 +353,9 @@ def test_a_lone_float8_weight_does_not_move(weight: float) -> None:
     assert abs(delivered("naive-fp8", weight, 1e-5, 10)) < 0.2
 
 
-@pytest.mark.parametrize(("strategy", "beta2"), [("fp8", 0.95), ("fp8", 0.99), ("fp8-native", 0.95), ("fp8-3", 0.95)])
+@pytest.mark.parametrize(
+    ("strategy", "beta2"), [("fp8", 0.95), ("fp8", 0.99), ("fp8", 0.999), ("fp8-native", 0.95), ("fp8-3", 0.95)]
+)
 def test_v_follows_the_exact_average_through_a_fall_of_the_gradients(strategy: str, beta2: float) -> None:
     param, steps = parameter(torch.zeros(64, 128, dtype=torch.bfloat16), strategy), int(6 / (1 - beta2))
     opt = collage.AdamW([param], lr=0.0, betas=(0.9, beta2), weight_decay=0.0, strategy=strategy)

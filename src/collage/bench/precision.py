@@ -23,7 +23,8 @@ from collage.bench.contenders import Contender, Stepper
 from collage.bench.readings import own
 from collage.bench.step import quiet
 from collage.bench.timing import error_text
-from collage.optim.strategies import layout_of, strategies
+from collage.optim.strategies import strategies
+from collage.storage import Tiled
 
 ROW = 128
 """Length of the tensor's rows."""
@@ -333,5 +334,7 @@ def _backend(contender: Contender, plan: PrecisionPlan) -> str | None:
         return None
     strategy = strategies()[contender.strategy]
     dtype = strategy.param_dtype(contender.dtype)
-    param = torch.empty(plan.elements // ROW, ROW, dtype=dtype, device="meta")
-    return kernels.choose(layout_of(strategy, param), "fp32", dtype, plan.device, None)
+    shape = torch.Size((plan.elements // ROW, ROW))
+    form = strategy.param.fitted(shape)
+    layout = strategy.layout(dtype, shape, form if isinstance(form, Tiled) else None)
+    return kernels.choose(layout, "fp32", dtype, plan.device, None)
