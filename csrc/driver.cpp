@@ -222,13 +222,22 @@ EXPORT int collage_step(const char *isa, int kernel, const collage_job *job) {
     return 0;
 }
 
-// Writes what a model reads of a parameter in tiles into `out`, bfloat16; of hi alone where `lo` is null.
-EXPORT void collage_read(const char *isa, const void *hi, const void *lo, const void *scale, void *out, int64_t rows,
-                         int64_t width, int64_t tile_rows, int64_t block, int threads,
-                         void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
-    const collage_reading reading{{hi, lo, scale}, out, rows, width, tile_rows, block};
-    ReadWork work{kernels_of(isa)->read, &reading, PIECE / width + 1, {0}};
-    run_on(rows * width > PIECE ? threads : 1, parallel, take_rows, &work);
+// Writes what a model reads of a parameter in tiles into `out`, bfloat16. `name`: of what the tiles keep; `parts`: the
+// addresses of its numbers, then of the scales. Returns 0, or 1 where none of the readers has the name; nothing is
+// written then.
+EXPORT int collage_read(const char *isa, const char *name, void *const *parts, int count, void *out, int64_t rows,
+                        int64_t width, int64_t tile_rows, int64_t block, int threads,
+                        void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
+    collage_reading reading{{}, out, rows, width, tile_rows, block};
+    for (int c = 0; c < count; c++) reading.part[c] = parts[c];
+    const collage_kernels *kernels = kernels_of(isa);
+    for (int k = 0; k < kernels->reader_count; k++) {
+        if (strcmp(kernels->readers[k].name, name)) continue;
+        ReadWork work{kernels->readers[k].read, &reading, PIECE / width + 1, {0}};
+        run_on(rows * width > PIECE ? threads : 1, parallel, take_rows, &work);
+        return 0;
+    }
+    return 1;
 }
 
 // Reads `count` streams of `elements` each and writes the first `written` back unchanged. `zero` is 0.

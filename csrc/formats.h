@@ -1,5 +1,5 @@
-// The three formats: loads, stores, and the roundings of numerics/rounding.py on float32 lanes; small integers; and
-// the patterns of numerics/remainders.py.
+// The formats: loads, stores, and the roundings of numerics/rounding.py on float32 lanes; small integers; and the
+// patterns of numerics/remainders.py.
 //
 // A step works on 2 W elements at a time, in two vectors a and b. In `sequential` order a holds the first W of them; in
 // `interleaved` order a holds those of even place, which for 16-bit numbers costs a shift instead of a widening and a
@@ -253,9 +253,77 @@ struct Fp16 {
     }
 };
 
-// A pattern of float8_e4m3fn with 8 bits behind it.
+// float8_e4m3fn, of numbers up to its largest, 448: those of a tile are no larger. An infinity is stored as nan.
 struct E4m3 {
+    typedef uint8_t Cell;
+    static constexpr Order order = interleaved;
+    static constexpr bool guarded = false;
     static constexpr uint32_t REBIAS = 120u << 23, NUMBERS = 0x7f;
+    static constexpr float largest = 448.0f, smallest = 0x1p-9f;
+
+    // A byte in the high half of a 16-bit lane, whose low half is 0, and its number. With its exponent in the place of that
+    // of float16, subnormals included, the number is 2^8 times smaller.
+    INLINE F widened(H high) {
+        H half = (H)((S)high >> 1) & 0xbf80;
+        F x = Fp16::widened(half) * 0x1p8f;
+        return select(magnitude(x) <= largest, x, as_float(splat(QUIET_NAN)));
+    }
+    INLINE H narrowed(F x) {
+        // What follows the largest number is nan.
+        x = select(magnitude(x) <= largest, x, splat(480.0f));
+        H half = Fp16::narrowed(x * 0x1p-8f);
+        return half + (half & 0x7fff);
+    }
+
+    INLINE double number(const void *from, int64_t i) {
+        H one{};
+        one[0] = (uint16_t)(((const Cell *)from)[i] << 8);
+        return widened(one)[0];
+    }
+    template <Order order> INLINE void load(const void *from, int64_t i, F &a, F &b) {
+        const Cell *at = (const Cell *)from + i;
+        if constexpr (order == interleaved) {
+            H both = ::load<H>(at);
+            a = widened(both << 8);
+            b = widened(both & 0xff00);
+        } else {
+            a = widened(__builtin_convertvector(::load<B>(at), H) << 8);
+            b = widened(__builtin_convertvector(::load<B>(at + W), H) << 8);
+        }
+    }
+    // Stores numbers of the format, nan and infinities.
+    template <Order order> INLINE void store(void *to, int64_t i, F a, F b) {
+        Cell *at = (Cell *)to + i;
+        H high_a = narrowed(a), high_b = narrowed(b);
+        if constexpr (order == interleaved) {
+            ::store(at, high_a >> 8 | high_b);
+        } else {
+            ::store(at, __builtin_convertvector(high_a >> 8, B));
+            ::store(at + W, __builtin_convertvector(high_b >> 8, B));
+        }
+    }
+    template <Order order, bool careful> INLINE void store_rounded(void *to, int64_t i, F a, F b) {
+        store<order>(to, i, round<careful>(a), round<careful>(b));
+    }
+
+    template <bool careful> INLINE F round(F x) {
+        // 1.5 times the power of two whose last bit is that of the format's numbers around x.
+        U exponent = max_bits(as_bits(x) & 0x7f800000u, splat(121u << 23));
+        F shift = as_float(exponent + (20u << 23 | 0x400000u));
+        return as_float(as_bits(x + shift - shift) | (as_bits(x) & 0x80000000u));
+    }
+    template <bool careful> INLINE F round_stochastic(F x, U bits) {
+        U u = as_bits(x);
+        F normal = as_float((u + (bits << 4)) & 0xfff00000u);
+        // Below, the spacing is 2^-9 and the first 16 bits of the fraction decide.
+        I parts = __builtin_convertvector(magnitude(x) * 0x1p25f, I);
+        F steps = __builtin_convertvector((parts + (I)bits) >> 16, F);
+        F subnormal = as_float(as_bits(steps * 0x1p-9f) | (u & 0x80000000u));
+        F chosen = select((I)((u & 0x7fffffffu) < 0x3c800000u), subnormal, normal);
+        return select(x == x, chosen, x);
+    }
+
+    // The pattern of a number with 8 bits behind it.
 
     // `hi` and `rest`: bytes in the low bits of lanes.
     INLINE F join(U hi, U rest) {

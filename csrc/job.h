@@ -39,7 +39,7 @@ struct collage_job {
 }
 
 constexpr int COLLAGE_SUMS = 8;
-constexpr int COLLAGE_MAX_PARTS = 8;
+constexpr int COLLAGE_MAX_PARTS = 11;
 // Of a block of 8-bit codes. The least is a unit of the widest vectors.
 constexpr int COLLAGE_MIN_BLOCK = 32, COLLAGE_MAX_BLOCK = 128;
 constexpr int COLLAGE_MAX_ROWS = 128;

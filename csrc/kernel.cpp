@@ -33,10 +33,20 @@ template <Order order> INLINE U lanes_from(uint32_t first, bool second) {
     return index;
 }
 
+// Whether a storage's `store` has a plain form beside the careful one.
+template <class Storage> constexpr bool has_plain() {
+    if constexpr (Storage::blocked || Storage::tiled)
+        return Storage::has_plain;
+    else
+        return Storage::guarded;
+}
+
 // P, M, V: storages of the parameter and its moments; G: the gradient's format.
 template <class Low, class P, class M, class V, class G> struct Step {
     static constexpr int parts = P::parts + M::parts + V::parts;
     static constexpr bool guarded = P::guarded || M::guarded || V::guarded;
+    static constexpr bool two_forms = has_plain<P>() || has_plain<M>() || has_plain<V>();
+    static constexpr int square = P::parts + M::parts;  // where the components of v begin
     static constexpr bool all_interleaved = P::order == interleaved && M::order == interleaved &&
                                             V::order == interleaved && G::order == interleaved;
     static constexpr Order order = all_interleaved ? interleaved : sequential;
@@ -76,7 +86,7 @@ template <class Low, class P, class M, class V, class G> struct Step {
         Shared m_shared, v_shared;
     };
 
-    // Of the bits of magnitudes, and of numbers that should have no sign.
+    // Of the sizes of new values.
     struct Largest {
         U m{}, v{};
     };
@@ -96,16 +106,16 @@ template <class Low, class P, class M, class V, class G> struct Step {
         gradient(r, i, g.a, g.b);
         P::template load<order>(part, i, p.a, p.b, hi, lo);
         M::template load<order>(part + P::parts, i, m.a, m.b, hi, lo);
-        V::template load<order>(part + P::parts + M::parts, i, v.a, v.b, hi, lo);
+        V::template load<order>(part + square, i, v.a, v.b, hi, lo);
         update.a = rule(k, g.a, p.a, m.a, v.a, root.a);
         update.b = rule(k, g.b, p.b, m.b, v.b, root.b);
         if constexpr (P::guarded) usual.see(p.a), usual.see(p.b);
         if constexpr (M::guarded) usual.see(m.a), usual.see(m.b);
         if constexpr (V::guarded) usual.see(v.a), usual.see(v.b);
         x.p[j] = p, x.m[j] = m, x.v[j] = v, x.update[j] = update;
-        if constexpr (M::blocked) largest.m = max_bits(largest.m, max_bits(as_bits(magnitude(m.a)), as_bits(magnitude(m.b))));
+        if constexpr (M::blocked) largest.m = max_bits(largest.m, max_bits(M::size(m.a, F{}), M::size(m.b, F{})));
         if constexpr (V::blocked) {
-            largest.v = max_bits(largest.v, max_bits(as_bits(v.a), as_bits(v.b)));
+            largest.v = max_bits(largest.v, max_bits(V::size(v.a, root.a), V::size(v.b, root.b)));
             x.root[j] = root;
         }
     }
@@ -130,12 +140,12 @@ template <class Low, class P, class M, class V, class G> struct Step {
         if constexpr (M::blocked) m.shared = x.m_shared;
         if constexpr (V::blocked) v.shared = x.v_shared, v.root = x.root[j];
         M::template store<order, careful>(part + P::parts, i, x.m[j].a, x.m[j].b, m, m_bits);
-        V::template store<order, careful>(part + P::parts + M::parts, i, x.v[j].a, x.v[j].b, v, v_bits);
+        V::template store<order, careful>(part + square, i, x.v[j].a, x.v[j].b, v, v_bits);
         // A tile is stored when all of its new values are known.
         if constexpr (!P::tiled) P::template store<order, careful>(part, i, x.p[j].a, x.p[j].b, p, p_bits);
     }
 
-    // Makes the scales of a block. Returns whether all are numbers and no new v has a sign.
+    // Makes the scales of a block. Returns whether all new values are usual to them, no new v having a sign.
     INLINE bool settle(void *const *part, int units, const Largest &largest, Block &x) {
         bool usual = true;
         if constexpr (M::blocked) usual = M::settle(part + P::parts, largest_of(largest.m), x.m_shared);
@@ -148,7 +158,7 @@ template <class Low, class P, class M, class V, class G> struct Step {
                 v = largest_of(all);
                 usual = false;
             }
-            usual = V::settle(part + P::parts + M::parts, v, x.v_shared) && usual;
+            usual = V::settle(part + square, v, x.v_shared) && usual;
         }
         return usual;
     }
@@ -176,7 +186,7 @@ template <class Low, class P, class M, class V, class G> struct Step {
 
     static void store(const collage_range &r, void *const *part, int64_t i, int units, Draws index, const Block &x,
                       bool usual) {
-        if (usual)
+        if (usual && two_forms)
             store_units<false>(r, part, i, units, index, x);
         else
             store_units<true>(r, part, i, units, index, x);
@@ -221,6 +231,13 @@ template <class Low, class P, class M, class V, class G> struct Step {
         for (int c = 0; c < parts; c++) memcpy((char *)r.part[c] + bytes(r, c, i), cells[c], bytes(r, c, count));
     }
 
+    // Lets the parts of scales begin with those of a block, the how-manieth of the range.
+    INLINE void begin_with(const collage_range &r, void **part, int64_t block) {
+        constexpr int m = square - 1, v = parts - 1;
+        if constexpr (M::blocked) part[m] = (typename M::Scale *)r.part[m] + block;
+        if constexpr (V::blocked) part[v] = (typename V::Scale *)r.part[v] + block;
+    }
+
     // A block is stored after the next one is computed: by then its scales are there, which take a chain of roots.
     static void run_blocks(const collage_range &r) {
         Block blocks[2];
@@ -230,11 +247,10 @@ template <class Low, class P, class M, class V, class G> struct Step {
         const int units = units_of_block(r);
         int current = 0;
         bool usual = compute(r, part, 0, units, blocks[0]);
-        for (int64_t i = 0; i < r.count; i += r.block) {
+        for (int64_t i = 0, block = 1; i < r.count; i += r.block, block++) {
             bool next = false;
             if (i + r.block < r.count) {
-                if constexpr (M::blocked) part[P::parts + 1] = (float *)part[P::parts + 1] + 1;
-                if constexpr (V::blocked) part[parts - 1] = (float *)part[parts - 1] + 1;
+                begin_with(r, part, block);
                 next = compute(r, part, i + r.block, units, blocks[1 - current]);
             }
             store(r, part, i, units, index, blocks[current], usual);
@@ -310,7 +326,6 @@ template <class Low, class P, class M, class V, class G> struct Step {
 
     static void add_sums(const collage_range &r, const void *const *now, const void *const *then, int i, double u,
                          double g) {
-        constexpr int square = P::parts + M::parts;
         add_moves(r, P::moved(now, then, i), Low::number(now[0], i) - Low::number(then[0], i), u);
         add_decay(r, now + square, then + square, i, g);
     }
@@ -334,12 +349,13 @@ template <class Low, class P, class M, class V, class G> struct Step {
 
     // ---- parameters in tiles, with moments in blocks that are as wide
 
+    // A tile's new values, and what an audit wants of it from before its store: its parameter, and the updates.
     struct Tile {
         Pair fresh[COLLAGE_MAX_ROWS][max_units];
     };
-    // What an audit wants of a tile from before its store.
     struct Before {
-        float value[COLLAGE_MAX_ROWS][COLLAGE_MAX_BLOCK], update[COLLAGE_MAX_ROWS][COLLAGE_MAX_BLOCK];
+        uint8_t cells[P::parts][COLLAGE_MAX_ROWS * COLLAGE_MAX_BLOCK];
+        float update[COLLAGE_MAX_ROWS][COLLAGE_MAX_BLOCK];
     };
 
     // Lane k of the units that begin at place(r, 0, j).
@@ -363,14 +379,23 @@ template <class Low, class P, class M, class V, class G> struct Step {
                 U largest{};
                 for (int row = 0; row < height; row++)
                     compute_row<audited>(r, part, begin + row * r.width, tile.fresh[row], largest, before, row);
-                const F inverse = P::settle(part, largest_of(largest));
-                for (int row = 0; row < height; row++) store_row(r, part, begin + row * r.width, tile.fresh[row], inverse);
-                if constexpr (audited)
-                    for (int row = 0; row < height; row++)
-                        for (int k = 0; k < r.block; k++) {
-                            double now = P::exact(part, begin + row * r.width + k), then = before.value[row][k];
-                            add_moves(r, now - then, P::seen(now) - P::seen(then), before.update[row][k]);
-                        }
+                if constexpr (audited) before.cells[P::parts - 1][0] = *(const typename P::Scale *)part[P::parts - 1];
+                Beside beside{};
+                P::settle(part, largest_of(largest), beside.shared);
+                for (int row = 0; row < height; row++) store_row(r, part, begin + row * r.width, tile.fresh[row], beside);
+                if constexpr (audited) add_moves_of_tile(r, part, begin, height, before);
+            }
+    }
+
+    static void add_moves_of_tile(const collage_range &r, const void *const *now, int64_t begin, int height,
+                                  const Before &before) {
+        const void *then[P::parts];
+        for (int c = 0; c < P::parts; c++) then[c] = before.cells[c];
+        for (int row = 0; row < height; row++)
+            for (int k = 0; k < r.block; k++) {
+                const int64_t i = begin + row * r.width + k, old = row * COLLAGE_MAX_BLOCK + k;
+                const double moved_hi = P::seen(now, i) - P::seen(then, old);
+                add_moves(r, P::exact(now, i) - P::exact(then, old), moved_hi, before.update[row][k]);
             }
     }
 
@@ -378,38 +403,44 @@ template <class Low, class P, class M, class V, class G> struct Step {
     template <bool audited>
     static void compute_row(const collage_range &r, void **part, int64_t i, Pair *fresh, U &largest, Before &before, int row) {
         const int units = units_of_block(r);
-        constexpr int square = P::parts + M::parts;
-        part[P::parts + 1] = (float *)r.part[P::parts + 1] + i / r.block;
-        part[square + 1] = (float *)r.part[square + 1] + i / r.block;
+        begin_with(r, part, i / r.block);
         Block x;
-        uint8_t codes[COLLAGE_MAX_BLOCK];
-        const float scale = *(const float *)part[square + 1];
-        if constexpr (audited) memcpy(codes, (uint8_t *)part[square] + i, r.block);
+        // Components of v as they were.
+        uint8_t cells[V::parts - 1][COLLAGE_MAX_BLOCK];
+        const typename V::Scale scale = *(const typename V::Scale *)part[parts - 1];
+        if constexpr (audited) {
+            for (int c = 0; c < V::parts - 1; c++) memcpy(cells[c], (uint8_t *)part[square + c] + i, r.block);
+            for (int c = 0; c < P::parts - 1; c++)
+                memcpy(before.cells[c] + row * COLLAGE_MAX_BLOCK, (uint8_t *)part[c] + i, r.block);
+        }
         const bool usual = compute(r, part, i, units, x);
         store(r, part, i, units, indices_from(r.index), x, usual);
         for (int j = 0; j < units; j++) {
             fresh[j] = x.p[j];
-            largest = max_bits(largest, max_bits(P::size(x.p[j].a), P::size(x.p[j].b)));
+            largest = max_bits(largest, max_bits(P::size(x.p[j].a, F{}), P::size(x.p[j].b, F{})));
         }
         if constexpr (audited) {
             Pair g[max_units];
             for (int j = 0; j < units; j++) gradient(r, place(r, i, j), g[j].a, g[j].b);
-            const void *now[] = {(uint8_t *)part[square] + i, part[square + 1]}, *then[] = {codes, &scale};
+            const void *now[V::parts], *then[V::parts];
+            for (int c = 0; c < V::parts - 1; c++) now[c] = (uint8_t *)part[square + c] + i, then[c] = cells[c];
+            now[V::parts - 1] = part[parts - 1], then[V::parts - 1] = &scale;
             for (int k = 0; k < r.block; k++) {
-                before.value[row][k] = (float)P::exact(part, i + k);
                 before.update[row][k] = lane(r, x.update, k);
                 add_decay(r, now, then, k, lane(r, g, k));
             }
         }
     }
 
-    INLINE void store_row(const collage_range &r, void *const *part, int64_t i, const Pair *fresh, F inverse) {
+    INLINE void store_row(const collage_range &r, void *const *part, int64_t i, const Pair *fresh, const Beside &beside) {
         const int units = units_of_block(r);
         const Draws index = indices_from(r.index + (uint32_t)i);
         for (int j = 0; j < units; j++) {
             const uint32_t at = (uint32_t)place(r, 0, j);
-            Draws bits{random_words(index.a + at, r.key[0]) & 0xffffu, random_words(index.b + at, r.key[0]) & 0xffffu};
-            P::template store<order>(part, i + at, fresh[j].a * inverse, fresh[j].b * inverse, bits);
+            Draws bits{};
+            if constexpr (P::draws)
+                bits = {random_words(index.a + at, r.key[0]) & 0xffffu, random_words(index.b + at, r.key[0]) & 0xffffu};
+            P::template store<order, true>(part, i + at, fresh[j].a, fresh[j].b, beside, bits);
         }
     }
 };
@@ -444,8 +475,15 @@ template <class Low, class G, class P, class M, class V> constexpr collage_kerne
     ROW(Bf16, GRAD, "bf16/remainder16/fp32/fp32/" grad, REM(Bf16, 16, false), RN(Fp32), RN(Fp32)),                 \
     ROW(Bf16, GRAD, "bf16/remainder16/nearest/expansion-stochastic/" grad,                                         \
         REM(Bf16, 16, false), RN(Bf16), ES(Bf16)),                                                                 \
-    ROW(Bf16, GRAD, "bf16/tiled-remainder8-stochastic/softsign-stochastic/root4-stochastic/" grad,                 \
-        TiledRemainder, Q(Softsign, true), Q(Root4, true))
+    ROW(Bf16, GRAD, "bf16/tiled-e4m3fn-remainder8-stochastic/softsign-stochastic/root4-stochastic/" grad,          \
+        TILES(REM8), Q(Softsign, true), Q(Root4, true)),                                                           \
+    ROW(Bf16, GRAD, "bf16/tiled-e4m3fn-expansion-scaled-stochastic/tiled-e4m3fn/tiled-e4m3fn-stochastic-root/" grad, \
+        TILES(EX8(2, true)), TILED_ROWS(RN(E4m3)), TILED_ROOTS(SR(E4m3))),                                         \
+    ROW(Bf16, GRAD, "bf16/tiled-e4m3fn-expansion3-scaled/tiled-e4m3fn-expansion-scaled/"                           \
+        "tiled-e4m3fn-expansion3-scaled-root/" grad,                                                               \
+        TILES(EX8(3, false)), TILED_ROWS(EX8(2, false)), TILED_ROOTS(EX8(3, false))),                              \
+    ROW(Bf16, GRAD, "bf16/tiled-e4m3fn/tiled-e4m3fn/tiled-e4m3fn-root/" grad,                                      \
+        TILES(RN(E4m3)), TILED_ROWS(RN(E4m3)), TILED_ROOTS(RN(E4m3)))
 #define FP16_LAYOUTS(GRAD, grad)                                                                                   \
     ROW(Fp16, GRAD, "fp16/expansion-scaled-stochastic/fp32/fp32/" grad, SCALED, RN(Fp32), RN(Fp32)),               \
     ROW(Fp16, GRAD, "fp16/expansion-scaled-stochastic/bf16/bf16-expansion-stochastic/" grad,                       \
@@ -460,6 +498,11 @@ template <class Low, class G, class P, class M, class V> constexpr collage_kerne
 #define SCALED Expansion<Fp16, true, 2048>
 #define REM(X, ...) Remainder<X, __VA_ARGS__>
 #define Q(...) Blockwise<__VA_ARGS__>
+#define REM8 E4m3Remainder
+#define EX8(N, STOCHASTIC) Expansion<E4m3, STOCHASTIC, 16, N>
+#define TILES(...) Tiled<__VA_ARGS__, false>
+#define TILED_ROWS(...) Tiled<__VA_ARGS__, true>
+#define TILED_ROOTS(...) Tiled<__VA_ARGS__, true, true>
 
 const collage_kernel KERNELS[] = {
     LAYOUTS(Bf16, Bf16, "bf16", "own"),
@@ -496,31 +539,33 @@ static void null_range(const collage_streams &s, int64_t start, int64_t end) {
 }
 
 // What a model reads of rows of a parameter in tiles: bfloat16.
-template <bool whole> static void read_rows(const collage_reading &x, int64_t row, int64_t end) {
-    constexpr Order order = TiledRemainder::order;
+template <class P> static void read_rows(const collage_reading &x, int64_t row, int64_t end) {
     const int64_t across = x.width / x.block;
+    void *part[P::parts];
+    memcpy(part, x.part, sizeof part);
     for (; row < end; row++)
         for (int64_t c = 0; c < across; c++) {
             const int64_t i = row * x.width + c * x.block;
-            const F scale = TiledRemainder::power(((const uint8_t *)x.part[2])[row / x.tile_rows * across + c]);
+            part[P::parts - 1] = (typename P::Scale *)x.part[P::parts - 1] + row / x.tile_rows * across + c;
             for (int64_t k = 0; k < x.block; k += UNIT) {
                 // The last unit begins early enough to be a whole one.
                 const int64_t at = i + (k < x.block - UNIT ? k : x.block - UNIT);
-                Draws hi, rest{};
-                Integers<8>::load<order>(x.part[0], at, hi.a, hi.b);
-                if constexpr (whole) Integers<8>::load<order>(x.part[1], at, rest.a, rest.b);
-                Bf16::store_rounded<order, true>(x.out, at, E4m3::join(hi.a, rest.a) * scale,
-                                                 E4m3::join(hi.b, rest.b) * scale);
+                Pair value, hi, lo;
+                P::template load<P::order>(part, at, value.a, value.b, hi, lo);
+                Bf16::store_rounded<P::order, true>(x.out, at, value.a, value.b);
             }
         }
 }
 
-static void read_range(const collage_reading &x, int64_t row, int64_t end) {
-    (x.part[1] ? read_rows<true> : read_rows<false>)(x, row, end);
-}
+const collage_reader READERS[] = {
+    {"e4m3fn", read_rows<TILES(RN(E4m3))>},
+    {"e4m3fn-remainder8", read_rows<TILES(REM8)>},
+    {"e4m3fn-expansion-scaled", read_rows<TILES(EX8(2, false))>},
+    {"e4m3fn-expansion3-scaled", read_rows<TILES(EX8(3, false))>},
+};
 
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
 extern const collage_kernels JOIN(collage_kernels_, COLLAGE_ISA);
 const collage_kernels JOIN(collage_kernels_, COLLAGE_ISA) = {KERNELS, (int)(sizeof KERNELS / sizeof *KERNELS), null_range,
-                                                         read_range};
+                                                         READERS, (int)(sizeof READERS / sizeof *READERS)};

@@ -38,14 +38,20 @@ struct collage_streams {
 
 // A parameter in tiles that is read: into bfloat16 of the same shape.
 struct collage_reading {
-    const void *part[3];  // hi, lo or null for hi alone, scale
+    void *part[COLLAGE_MAX_PARTS];  // the numbers that are read, then the scales
     void *out;
     int64_t rows, width, tile_rows, block;
+};
+
+struct collage_reader {
+    const char *name;
+    void (*read)(const collage_reading &, int64_t first_row, int64_t end);
 };
 
 struct collage_kernels {
     const collage_kernel *table;
     int count;
     void (*null)(const collage_streams &, int64_t start, int64_t end);
-    void (*read)(const collage_reading &, int64_t first_row, int64_t end);
+    const collage_reader *readers;
+    int reader_count;
 };

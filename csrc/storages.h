@@ -5,10 +5,11 @@
 //   parts       how many components
 //   draws       whether a store takes random bits
 //   adds        whether a store wants the components as they were, and the update, in place of the new value
-//   blocked     whether elements share a scale, block by block: then `settle` makes it from the largest magnitude
-//   tiled       whether rows of elements share a scale, tile by tile: `settle` then makes it from the largest finite magnitude
-//               of all of a tile's new values, before the first of them is stored
-//   guarded     whether `store` has a plain form for usual values beside the careful one for any
+//   blocked     whether elements share a scale, block by block: then `settle` makes it from the largest `size` of the new
+//               values, before the first of them is stored, and says whether all are usual
+//   tiled       the same of a parameter's elements, tile by tile: of several rows
+//   guarded     whether `store` has a plain form for usual values beside the careful one for any; of a storage that is
+//               blocked `has_plain` says so
 //   order       in which its components are best loaded
 //   load        the values of 2 W elements, and their components
 //   store       stores new values
@@ -26,14 +27,14 @@ struct Pair {
 struct Draws {
     U a, b;
 };
-// What a block of 8-bit codes has in common.
+// What a block of 8-bit codes has in common; of a tile `factor` alone, the inverse of the scale.
 struct Shared {
     F scale, factor;
 };
 // What a store may want beside the new values.
 struct Beside {
     Pair hi, lo, update;  // of a storage that adds
-    Pair root;            // the new values' square roots, for exp_avg_sq where all of the block are usual
+    Pair root;            // the new values' square roots, for a blocked exp_avg_sq where they are not below 0
     Shared shared;
 };
 
@@ -51,6 +52,7 @@ template <class Format, bool stochastic> struct Rounded {
     static constexpr bool draws = stochastic, adds = false, blocked = false, tiled = false;
     static constexpr bool guarded = !stochastic && Format::guarded;
     static constexpr Order order = Format::order;
+    static constexpr float smallest() { return Format::smallest; }
 
     template <Order order> INLINE void load(void *const *part, int64_t i, F &a, F &b, Pair &, Pair &) {
         Format::template load<order>(part[0], i, a, b);
@@ -69,51 +71,69 @@ template <class Format, bool stochastic> struct Rounded {
     }
 };
 
-// lo is kept times `factor`, a power of two.
-template <class Format, bool stochastic, int factor = 1> struct Expansion {
-    static constexpr int parts = 2;
+// Of n numbers, each kept times `factor`, a power of two, against the one before it.
+template <class Format, bool stochastic, int factor = 1, int n = 2> struct Expansion {
+    static constexpr int parts = n;
     static constexpr bool draws = stochastic, adds = false, blocked = false, tiled = false;
     static constexpr bool guarded = true;
     static constexpr Order order = Format::order;
+    // The smallest positive value.
+    static constexpr float smallest() {
+        float found = Format::smallest;
+        for (int k = 1; k < n; k++) found /= factor;
+        return found;
+    }
 
+    // hi and lo: the first and the last number.
     template <Order order> INLINE void load(void *const *part, int64_t i, F &a, F &b, Pair &hi, Pair &lo) {
-        Format::template load<order>(part[0], i, hi.a, hi.b);
-        Format::template load<order>(part[1], i, lo.a, lo.b);
-        a = unscaled(lo.a) + hi.a;
-        b = unscaled(lo.b) + hi.b;
+        Format::template load<order>(part[n - 1], i, lo.a, lo.b);
+        a = lo.a, b = lo.b;
+        for (int k = n - 2; k >= 0; k--) {
+            Format::template load<order>(part[k], i, hi.a, hi.b);
+            a = unscaled(a) + hi.a;
+            b = unscaled(b) + hi.b;
+        }
     }
     INLINE F scaled(F x) { return factor == 1 ? x : x * (float)factor; }
     INLINE F unscaled(F x) { return factor == 1 ? x : x * (1.0f / factor); }
-    template <bool careful> INLINE void split(F x, U bits, F &hi, F &lo) {
-        hi = Format::template round<careful>(x);
-        F rest = x - hi;
-        if constexpr (careful) rest = finite_or_zero(rest);
-        rest = scaled(rest);
-        if constexpr (stochastic)
-            lo = Format::template round_stochastic<careful>(rest, bits);
-        else
-            lo = Format::template round<careful>(rest);
+    enum Last { as_it_is, to_nearest, by_draw };
+    // Rounds x, and what each number leaves of it, from the k-th number on.
+    template <bool careful, Last last, int k = 0> INLINE void cut(F x, U bits, F *to) {
+        if constexpr (k < n - 1) {
+            to[k] = Format::template round<careful>(x);
+            F rest = x - to[k];
+            if constexpr (careful) rest = finite_or_zero(rest);
+            cut<careful, last, k + 1>(scaled(rest), bits, to);
+        } else if constexpr (last == by_draw) {
+            to[k] = Format::template round_stochastic<careful>(x, bits);
+        } else {
+            to[k] = last == to_nearest ? Format::template round<careful>(x) : x;
+        }
+    }
+    template <bool careful> INLINE void split(F x, U bits, F *to) {
+        cut<careful, stochastic ? by_draw : to_nearest>(x, bits, to);
         // Splitting the rounded sum again settles the ties of hi that rounding lo made.
-        F total = unscaled(lo) + hi;
-        hi = Format::template round<careful>(total);
-        lo = total - hi;
-        if constexpr (careful) lo = finite_or_zero(lo);
-        lo = scaled(lo);
+        F total = to[n - 1];
+        for (int k = n - 2; k >= 0; k--) total = unscaled(total) + to[k];
+        cut<careful, as_it_is>(total, bits, to);
     }
     template <Order order, bool careful>
     INLINE void store(void *const *part, int64_t i, F a, F b, const Beside &, Draws bits) {
-        F hi_a, lo_a, hi_b, lo_b;
-        split<careful>(a, bits.a, hi_a, lo_a);
-        split<careful>(b, bits.b, hi_b, lo_b);
-        Format::template store<order>(part[0], i, hi_a, hi_b);
-        Format::template store<order>(part[1], i, lo_a, lo_b);
+        F to_a[n], to_b[n];
+        split<careful>(a, bits.a, to_a);
+        split<careful>(b, bits.b, to_b);
+        for (int k = 0; k < n; k++) Format::template store<order>(part[k], i, to_a[k], to_b[k]);
     }
     INLINE double exact(const void *const *part, int64_t i) {
-        return Format::number(part[1], i) / factor + Format::number(part[0], i);
+        double total = Format::number(part[n - 1], i);
+        for (int k = n - 2; k >= 0; k--) total = total / factor + Format::number(part[k], i);
+        return total;
     }
     INLINE double moved(const void *const *now, const void *const *then, int64_t i) {
-        double low = Format::number(now[1], i) - Format::number(then[1], i);
-        return low / factor + (Format::number(now[0], i) - Format::number(then[0], i));
+        double total = Format::number(now[n - 1], i) - Format::number(then[n - 1], i);
+        for (int k = n - 2; k >= 0; k--)
+            total = total / factor + (Format::number(now[k], i) - Format::number(then[k], i));
+        return total;
     }
 };
 
@@ -215,6 +235,7 @@ struct Softsign {
     static constexpr float smallest = 0x1p-118f;
     static constexpr uint32_t too_large = TWO_TO_127;
 
+    INLINE U size(F x) { return as_bits(magnitude(x)); }
     INLINE F decode(U code) {
         // Codes and 254 times 2^24, which spares a shift.
         F x = __builtin_convertvector((I)(code << 24), F);
@@ -233,6 +254,8 @@ struct Root4 {
     static constexpr float smallest = 0x1p-94f;
     static constexpr uint32_t too_large = 0x7f800000u;
 
+    // Of numbers that should have no sign.
+    INLINE U size(F x) { return as_bits(x); }
     INLINE F decode(U code) {
         F x = __builtin_convertvector((I)code, F) * 0x1.010102p-8f;
         x = x * x;
@@ -252,9 +275,10 @@ struct Root4 {
 // Codes and their block's scale. The part of the scales begins with that of the block at hand.
 template <class Code, bool stochastic> struct Blockwise {
     typedef Integers<8> Codes;
+    typedef float Scale;
     static constexpr int parts = 2;
     static constexpr bool draws = stochastic, adds = false, blocked = true, tiled = false;
-    static constexpr bool guarded = false;
+    static constexpr bool guarded = false, has_plain = true;
     static constexpr Order order = interleaved;
 
     template <Order order> INLINE void load(void *const *part, int64_t i, F &a, F &b, Pair &, Pair &) {
@@ -264,6 +288,7 @@ template <class Code, bool stochastic> struct Blockwise {
         a = Code::decode(code_a) * scale;
         b = Code::decode(code_b) * scale;
     }
+    INLINE U size(F x, F) { return Code::size(x); }
     // Stores the scale for new values whose largest magnitude is that with these bits. Returns whether it is a number.
     INLINE bool settle(void *const *part, uint32_t largest, Shared &shared) {
         const uint32_t bits = largest >= Code::too_large ? QUIET_NAN : largest;
@@ -301,36 +326,21 @@ template <class Code, bool stochastic> struct Blockwise {
     }
 };
 
-// e4m3 with 8 bits behind it, of values that are divided by a power of two per tile. The part of the scales begins with
-// that of the tile at hand.
-struct TiledRemainder {
+// e4m3 with 8 bits behind it.
+struct E4m3Remainder {
     typedef Integers<8> Bytes;
-    static constexpr int parts = 3;
-    static constexpr bool draws = true, adds = false, blocked = false, tiled = true;
-    static constexpr bool guarded = false;
-    static constexpr Order order = interleaved;
+    static constexpr int parts = 2;
+    static constexpr bool draws = true;
 
-    INLINE F power(uint32_t exponent) { return as_float(splat(exponent << 23)); }
-
-    template <Order order> INLINE void load(const void *const *part, int64_t i, F &a, F &b, Pair &, Pair &) {
+    template <Order order> INLINE void load(void *const *part, int64_t i, F &a, F &b, Pair &, Pair &) {
         Draws hi, rest;
         Bytes::template load<order>(part[0], i, hi.a, hi.b);
         Bytes::template load<order>(part[1], i, rest.a, rest.b);
-        F scale = power(*(const uint8_t *)part[2]);
-        a = E4m3::join(hi.a, rest.a) * scale;
-        b = E4m3::join(hi.b, rest.b) * scale;
+        a = E4m3::join(hi.a, rest.a);
+        b = E4m3::join(hi.b, rest.b);
     }
-    // Bits of a magnitude, 0 if it is not finite.
-    INLINE U size(F x) { return as_bits(where(magnitude(x) < __builtin_inff(), magnitude(x))); }
-    // Stores the scale for new values whose largest finite magnitude has these bits, and returns its inverse.
-    INLINE F settle(void *const *part, uint32_t largest) {
-        int32_t exponent = (int32_t)((largest + 0x1fffffu) >> 23) - 8;
-        if (exponent < 1) exponent = 1;
-        if (largest == 0) exponent = 127;
-        *(uint8_t *)part[2] = (uint8_t)exponent;
-        return power(254u - (uint32_t)exponent);
-    }
-    template <Order order> INLINE void store(void *const *part, int64_t i, F a, F b, Draws bits) {
+    template <Order order, bool careful>
+    INLINE void store(void *const *part, int64_t i, F a, F b, const Beside &, Draws bits) {
         Draws hi, rest;
         E4m3::split(a, bits.a, hi.a, rest.a);
         E4m3::split(b, bits.b, hi.b, rest.b);
@@ -338,11 +348,66 @@ struct TiledRemainder {
         Bytes::template store<order>(part[1], i, rest.a, rest.b);
     }
     INLINE double exact(const void *const *part, int64_t i) {
-        F x = E4m3::join(splat(Bytes::one(part[0], i)), splat(Bytes::one(part[1], i)));
-        return (x * power(*(const uint8_t *)part[2]))[0];
+        return E4m3::join(splat(Bytes::one(part[0], i)), splat(Bytes::one(part[1], i)))[0];
     }
-    // What a model reads of such a value.
-    INLINE double seen(double x) { return Bf16::template round<true>(splat((float)x))[0]; }
+};
+
+// Another storage of e4m3, of values that are divided by a power of two per tile: of one row, or of a parameter's rows. The
+// part of the scales begins with that of the tile at hand.
+template <class Of, bool one_row, bool root = false> struct Tiled {
+    typedef uint8_t Scale;
+    static constexpr int parts = Of::parts + 1;
+    static constexpr bool draws = Of::draws, adds = false, blocked = one_row, tiled = !one_row;
+    static constexpr bool guarded = false, has_plain = false;
+    static constexpr Order order = interleaved;
+
+    INLINE F power(uint32_t exponent) { return as_float(splat(exponent << 23)); }
+    INLINE F scale(const void *const *part) { return power(*(const Scale *)part[parts - 1]); }
+
+    template <Order order> INLINE void load(void *const *part, int64_t i, F &a, F &b, Pair &hi, Pair &lo) {
+        Of::template load<order>(part, i, a, b, hi, lo);
+        a = a * scale(part);
+        b = b * scale(part);
+        if constexpr (root) a = a * a, b = b * b;
+    }
+    // Bits of the magnitude of what is kept, 0 if it is not finite.
+    INLINE U size(F x, F square_root_of_x) {
+        F kept = magnitude(root ? square_root_of_x : x);
+        return as_bits(where(kept < __builtin_inff(), kept));
+    }
+    INLINE bool settle(void *const *part, uint32_t largest, Shared &shared) {
+        int32_t exponent = (int32_t)((largest + 0x1fffffu) >> 23) - 8;
+        if (exponent < 1) exponent = 1;
+        if (largest == 0) exponent = 127;
+        *(Scale *)part[parts - 1] = (Scale)exponent;
+        shared.factor = power(254u - (uint32_t)exponent);
+        return true;
+    }
+    INLINE F quotient(F x, F square_root_of_x, F factor) {
+        if constexpr (root) {
+            // No positive number is kept as 0.
+            F least = where(x > 0.0f, splat(Of::smallest()));
+            return as_float(max_bits(as_bits(square_root_of_x * factor), as_bits(least)));
+        }
+        return x * factor;
+    }
+    template <Order order, bool>
+    INLINE void store(void *const *part, int64_t i, F a, F b, const Beside &beside, Draws bits) {
+        const F factor = beside.shared.factor;
+        Of::template store<order, true>(part, i, quotient(a, beside.root.a, factor), quotient(b, beside.root.b, factor),
+                                        beside, bits);
+    }
+    INLINE double exact(const void *const *part, int64_t i) {
+        double x = Of::exact(part, i) * scale(part)[0];
+        return root ? x * x : x;
+    }
+    INLINE double moved(const void *const *now, const void *const *then, int64_t i) {
+        return exact(now, i) - exact(then, i);
+    }
+    // What a model reads.
+    INLINE double seen(const void *const *part, int64_t i) {
+        return Bf16::template round<true>(splat((float)Of::exact(part, i)) * scale(part))[0];
+    }
 };
 
 }  // namespace

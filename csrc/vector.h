@@ -26,6 +26,7 @@ typedef float F __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
+typedef int16_t S __attribute__((vector_size(2 * W)));
 typedef uint8_t B __attribute__((vector_size(W)));
 
 INLINE F splat(float x) { return x - F{}; }

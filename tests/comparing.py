@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import collage
+from collage.optim import StepRow
 
 STRATEGIES = list(collage.strategies())
 LOW = [name for name in STRATEGIES if name != "fp32"]
@@ -125,3 +127,16 @@ def any_bits(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
     kind = torch.rand(shape, generator=generator, dtype=torch.float64)
     mixed = torch.where(kind < 0.5, raw.view(dtype), ordinary)
     return torch.where(kind > 0.97, torch.copysign(torch.zeros_like(mixed), ordinary), mixed)
+
+
+class Keeper:
+    """An observer of an optimizer that keeps every row."""
+
+    def __init__(self) -> None:
+        self.rows: list[StepRow] = []
+
+    def wants(self, step: int) -> bool:
+        return True
+
+    def record(self, step: int, rows: Sequence[StepRow]) -> None:
+        self.rows += rows

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import collage
 from collage import Tiled, TiledTensor, kernels
-from collage.kernels import Batch, Hyper, Inputs, native
+from collage.kernels import Batch, Hyper, Inputs, Layout, native
+from collage.numerics import E5M2
+from collage.storage import Expansion, Remainder, Rounded, expansion, rounded
 from collage.storage.tensor import read
-from comparing import any_bits, any_rows, bits, values
+from comparing import Keeper, any_bits, any_rows, assert_same, bits, parameter, values
 
 pytestmark = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavailable())
-# Rows that end in a tile less high, tiles of one row, widths that no vector divides.
-SHAPES = [((300, 128), 128), ((64, 96), 1), ((70, 100), 32), ((130, 256), 64)]
+STRATEGIES = ("fp8", "fp8-native", "fp8-3", "naive-fp8")
+# Rows that end in a tile less high, tiles of one row, widths that no vector divides, the narrowest tiles.
+SHAPES = [((300, 128), 128), ((64, 96), 1), ((70, 100), 32), ((130, 256), 64), ((67, 68), 128)]
 every_isa = pytest.mark.parametrize("isa", native.instruction_sets())
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 HYPER = Hyper(1e-2, 0.9, 0.95, 1e-8, 0.1)
+UNUSUAL = Hyper(3.0, 0.5, 0.5, 0.0, 0.0, maximize=True)
 
 
-def form_for(shape: tuple[int, int], rows: int, strategy: str = "fp8") -> Tiled:
+def form_for(shape: tuple[int, int], rows: int, strategy: str) -> Tiled:
     storage = collage.strategies()[strategy].param
     assert isinstance(storage, Tiled)
     form = storage.fitted(torch.Size(shape))
@@ -30,39 +36,47 @@ def form_for(shape: tuple[int, int], rows: int, strategy: str = "fp8") -> Tiled:
     return replace(form, rows=rows)
 
 
-def any_parameter(form: Tiled, shape: tuple[int, int], seed: int, ordinary_scale: bool) -> TiledTensor:
-    """Of any components: nan, zeros of both signs, pairs that no store writes, any scale or one near 1."""
-    parts: list[Tensor] = []
-    for number, component in enumerate(form.components(torch.bfloat16)):
-        part = any_bits(component.shape(torch.Size(shape)), 77 * seed + number, torch.uint8)
-        parts.append(part.view(component.dtype))
-    if ordinary_scale:
-        parts[-1].remainder_(40).add_(110)
-    return TiledTensor(parts, form)
+def layout_for(shape: tuple[int, int], rows: int, strategy: str) -> Layout:
+    form = form_for(shape, rows, strategy)
+    return collage.strategies()[strategy].layout(torch.bfloat16, torch.Size(shape), form)
 
 
-def any_batch(shape: tuple[int, int], rows: int) -> Batch:
-    """Two parameters; the second with scales as a store leaves them, and not the first of its tensor."""
-    form = form_for(shape, rows)
-    layout = collage.strategies()["fp8"].layout(torch.bfloat16, torch.Size(shape), form)
-    states = []
+def any_component(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+    """Of 8 bits any patterns: nan, zeros of both signs, numbers that no store writes."""
+    return any_bits(shape, seed, torch.uint8).view(dtype) if dtype.itemsize == 1 else any_rows(shape, seed, dtype)
+
+
+def ordinary_scale(scale: Tensor) -> Tensor:
+    """A block's or a tile's, of any bits, near those that a store leaves."""
+    return (scale % 40) + 110 if scale.dtype == torch.uint8 else scale.nan_to_num(1.0).abs().clamp(2.0**-94, 2.0**94)
+
+
+def any_batch(shape: tuple[int, int], rows: int, strategy: str) -> Batch:
+    """Two parameters: of any components and scales, and with ordinary scales and not the first of its tensor."""
+    layout = layout_for(shape, rows, strategy)
+    assert isinstance(layout.param, Tiled)
+    params, states = [], []
     for i in range(2):
-        components = layout.components(torch.bfloat16).items()
-        state = {name: any_rows(each.shape(torch.Size(shape)), 31 * i, each.dtype) for name, each in components}
-        for name in state if i else ():
-            if name.endswith("_scale"):
-                state[name] = any_rows(tuple(state[name].shape), 33, torch.float32).abs().clamp(2.0**-94)
-        states.append(state)
-    params = [any_parameter(form, shape, i, bool(i)) for i in range(2)]
+        components = [*layout.param.components(torch.bfloat16), *layout.components(torch.bfloat16).values()]
+        found = [any_component(c.shape(torch.Size(shape)), 77 * i + n, c.dtype) for n, c in enumerate(components)]
+        scaled = [c.name.endswith("_scale") for c in components]
+        found = [ordinary_scale(part) if i and scale else part for part, scale in zip(found, scaled, strict=True)]
+        count = len(layout.param.components(torch.bfloat16))
+        params.append(TiledTensor(found[:count], layout.param))
+        states.append(dict(zip(layout.components(torch.bfloat16), found[count:], strict=True)))
     return Batch(layout, "fp32", 2**63 + 5, params, states, torch.tensor([0.0, 5.0]), [3, 4], [0, 5 * rows * shape[1]])
 
 
-def assert_steps_as_eager(isa: str, shape: tuple[int, int], rows: int, grad_dtype: torch.dtype, audit: bool) -> None:
-    mine, eager = any_batch(shape, rows), any_batch(shape, rows)
+def assert_steps_as_eager(
+    isa: str, strategy: str, shape: tuple[int, int], rows: int, grad_dtype: torch.dtype, **options: Any
+) -> None:
+    """Two steps on gradients of any bits and one on ordinary ones, with ``options`` that are fields of Inputs."""
+    hyper = options.pop("hyper", HYPER)
+    mine, eager = any_batch(shape, rows, strategy), any_batch(shape, rows, strategy)
     assert native.serves(mine.layout, torch.bfloat16)
     for step in range(3):
         make = any_rows if step < 2 else values
-        inputs = Inputs(HYPER, [make(shape, 10 * step + i, grad_dtype) for i in range(2)], audit=audit)
+        inputs = Inputs(hyper, [make(shape, 10 * step + i, grad_dtype) for i in range(2)], **options)
         with native.using(isa):
             sums = kernels.step(mine, inputs, "native")
         wanted = kernels.step(eager, inputs, "eager")
@@ -77,48 +91,126 @@ def assert_steps_as_eager(isa: str, shape: tuple[int, int], rows: int, grad_dtyp
 
 
 @every_isa
+@every_strategy
 @pytest.mark.parametrize(("shape", "rows"), SHAPES)
-def test_any_components_step_as_in_the_eager_definition(shape: tuple[int, int], rows: int, isa: str) -> None:
-    for grad_dtype, audit in itertools.product((torch.bfloat16, torch.float32), (False, True)):
-        assert_steps_as_eager(isa, shape, rows, grad_dtype, audit)
+def test_any_components_step_as_in_the_eager_definition(
+    shape: tuple[int, int], rows: int, strategy: str, isa: str
+) -> None:
+    case = (isa, strategy, shape, rows)
+    assert_steps_as_eager(*case, torch.bfloat16)
+    assert_steps_as_eager(*case, torch.float32, audit=True)
+    assert_steps_as_eager(*case, torch.bfloat16, audit=True, hyper=UNUSUAL, grad_scale=torch.tensor(3.0))
 
 
-def test_pieces_of_two_threads_are_whole_rows_of_tiles() -> None:
+@every_strategy
+def test_pieces_of_two_threads_are_whole_rows_of_tiles(strategy: str) -> None:
     torch.set_num_threads(2)
-    assert_steps_as_eager(native.instruction_sets()[0], (600, 128), 128, torch.bfloat16, True)
+    assert_steps_as_eager(native.instruction_sets()[0], strategy, (600, 128), 128, torch.bfloat16, audit=True)
+
+
+def one_more(exponent: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *arguments: exponent(*arguments) + 1
+
+
+BROKEN = {
+    "a scale twice as large": ("naive-fp8", Tiled, "_exponent", one_more(Tiled._exponent)),
+    "a root that becomes 0": ("naive-fp8", Tiled, "_least", 0.0),
+    "a lo kept 8 times": ("fp8-3", Expansion, "_factor", lambda *_: 8.0),
+    "a lo to nearest": ("fp8-native", expansion, "round_stochastic_into", lambda x, out, *_: out.copy_(x)),
+    "a root to nearest": ("fp8-native", rounded, "round_stochastic_into", lambda x, out, *_: out.copy_(x)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_definition_that_differs_in_one_thing_is_not_what_the_kernels_do(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy, owner, attribute, value = BROKEN[name]
+    monkeypatch.setattr(owner, attribute, value)
+    with pytest.raises(AssertionError):
+        assert_steps_as_eager(native.instruction_sets()[0], strategy, (70, 100), 32, torch.bfloat16)
 
 
 @every_isa
-def test_every_pair_and_every_scale_is_read_as_defined(isa: str) -> None:
-    form = form_for((256, 256), 1)
-    form = replace(form, columns=128)
-    hi = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(256, 1).expand(256, 256).contiguous()
-    lo = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(1, 256).expand(256, 256).contiguous()
+@every_strategy
+def test_optimizers_take_the_kernels_and_audit_what_the_eager_step_audits(
+    strategy: str, isa: str, ran: list[str]
+) -> None:
+    found = []
+    for backend in (None, "eager"):
+        params = [nn.Parameter(parameter(values(shape, i), strategy)) for i, shape in enumerate([(300, 96), (40, 256)])]
+        opt = collage.AdamW(params, lr=1e-4, weight_decay=0.1, strategy=strategy, backend=backend)
+        keeper = Keeper()
+        opt.add_observer(keeper)
+        ran.clear()
+        with native.using(isa):
+            for step in range(3):
+                for i, param in enumerate(params):
+                    param.grad = values(tuple(param.shape), 10 * step + i)
+                opt.step()
+        assert set(ran) == {backend or "native"}
+        found.append((opt, torch.stack([row.sums for row in keeper.rows])))
+    (mine, sums), (eager, wanted) = found
+    assert_same(mine, eager)
+    # Sums are added up in another order; counts are exact.
+    assert torch.equal(sums[:, 3:], wanted[:, 3:])
+    assert ((sums[:, :3] - wanted[:, :3]).abs() <= 1e-12 * wanted[:, 2:3]).all()
+
+
+@every_isa
+@every_strategy
+def test_every_pair_and_every_scale_is_read_as_defined(strategy: str, isa: str) -> None:
+    form = replace(form_for((256, 256), 1, strategy), columns=128)
+    patterns = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    column, row = (patterns.view(shape).expand(256, 256) for shape in ((256, 1), (1, 256)))
+    numbers = [column, row, any_bits((256, 256), 3, torch.uint8)]
+    dtypes = [component.dtype for component in form.components(torch.bfloat16)[:-1]]
+    parts = [number.contiguous().view(dtype) for number, dtype in zip(numbers, dtypes, strict=False)]
     for shift in (0, 97):
         scale = torch.arange(512, dtype=torch.int32).add(shift).to(torch.uint8).view(256, 2)
         for forward in ("value", "hi"):
-            tensor = TiledTensor([hi.view(torch.float8_e4m3fn), lo.view(torch.int8), scale], form, forward)
+            tensor = TiledTensor([*parts, scale], form, forward)
             with native.using(isa):
                 found = native.read(tensor)
             assert found is not None
             assert torch.equal(bits(found), bits(read(form, tensor.parts, forward)))
 
 
-@pytest.mark.parametrize("strategy", ["fp8-native", "fp8-3", "naive-fp8"])
-def test_other_components_step_and_are_read_eagerly(strategy: str) -> None:
-    form = form_for((128, 128), 128, strategy)
-    tensor = TiledTensor.of(values((128, 128), 0), form)
+@every_strategy
+def test_narrow_tiles_and_last_ones_less_high_are_read_as_defined(strategy: str) -> None:
+    for shape, rows in SHAPES:
+        tensor = any_batch(shape, rows, strategy).params[1]
+        assert isinstance(tensor, TiledTensor)
+        found = native.read(tensor)
+        assert found is not None
+        assert torch.equal(bits(found), bits(read(tensor.form, tensor.parts, "value")))
+
+
+@pytest.mark.parametrize(
+    "of",
+    [Rounded(E5M2), Expansion(2, E5M2, scaled=True), Expansion(2, "e4m3fn"), Expansion(3, E5M2, scaled=True)],
+    ids=str,
+)
+def test_tiles_of_other_numbers_step_and_are_read_eagerly(of: Rounded | Expansion) -> None:
+    tensor = TiledTensor.of(values((128, 128), 0), Tiled(of, width=128))
     assert native.read(tensor) is None
-    layout = collage.strategies()[strategy].layout(torch.bfloat16, torch.Size((128, 128)), form)
+    assert torch.equal(tensor.dequantize(), read(tensor.form, tensor.parts, "value"))
+    layout = replace(layout_for((128, 128), 128, "fp8-3"), param=tensor.form)
     case = (layout, "fp32", torch.bfloat16, torch.device("cpu"))
     assert kernels.choose(*case, None) == "eager"
     with pytest.raises(ValueError, match=r"backend 'native' has no kernel for Layout\(param=Tiled"):
         kernels.choose(*case, "native")
 
 
-def test_tiles_that_the_kernels_do_not_know_are_left_to_the_eager_step() -> None:
-    layout = any_batch((64, 96), 32).layout
+@every_strategy
+def test_tiles_that_the_kernels_do_not_know_are_left_to_the_eager_step(strategy: str) -> None:
+    layout = layout_for((64, 96), 32, strategy)
     assert native.serves(layout, torch.bfloat16)
     assert isinstance(layout.param, Tiled)
     assert not native.serves(replace(layout, param=replace(layout.param, rows=256)), torch.bfloat16)
     assert not native.serves(replace(layout, param=replace(layout.param, columns=48)), torch.bfloat16)
+    other = Tiled(Remainder(8, "e4m3fn"), width=96, columns=96)
+    assert not native.serves(replace(layout, param=other), torch.bfloat16)
+    if isinstance(layout.exp_avg, Tiled):
+        assert not native.serves(replace(layout, exp_avg=replace(layout.exp_avg, rows=2)), torch.bfloat16)
+        assert not native.serves(replace(layout, exp_avg=replace(layout.exp_avg, root=True)), torch.bfloat16)

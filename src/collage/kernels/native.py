@@ -28,8 +28,6 @@ from collage.storage.tensor import READERS
 _SCALARS = tuple(field.name for field in fields(Scalars) if field.name != "bias_correction2_sqrt")
 # COLLAGE_MIN_BLOCK, COLLAGE_MAX_BLOCK and COLLAGE_MAX_ROWS of csrc/job.h.
 _LEAST_BLOCK, _LARGEST_BLOCK, _MOST_ROWS = 32, 128, 128
-# What parameters in tiles there are kernels for.
-_TILED = Remainder(8, E4M3FN, "stochastic")
 # Runtimes of OpenMP that torch may have loaded; each has the entry point that compilers call.
 _RUNTIMES = ("libgomp.so.1", "libiomp5.so", "libomp.so", "libomp.so.5")
 
@@ -100,7 +98,7 @@ def _library() -> _Library:
         *(ctypes.c_int64, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p),
     ]
     handle.collage_read.argtypes = [
-        *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p),
         *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p),
     ]
     return _Library(handle, isas=isas, isa=isas[0])
@@ -144,12 +142,14 @@ def _kernel(layout: Layout, dtype: torch.dtype, grad: torch.dtype) -> int | None
     names = [_storage_name(storage, dtype) for _, storage in layout.roles]
     if dtype not in (torch.bfloat16, torch.float16, torch.float32) or None in names:
         return None
-    blocks = {storage.block for _, storage in layout.roles if isinstance(storage, Blockwise)}
-    tiles = layout.param
-    if isinstance(tiles, Tiled):
-        blocks.add(tiles.columns)
-        if tiles.rows > _MOST_ROWS:
-            return None
+    blocks = set()
+    for role, storage in layout.roles:
+        if isinstance(storage, Blockwise):
+            blocks.add(storage.block)
+        if isinstance(storage, Tiled):
+            blocks.add(storage.columns)
+            if storage.rows > (_MOST_ROWS if role == "param" else 1):
+                return None
     if len(blocks) > 1 or not all(_LEAST_BLOCK <= block <= _LARGEST_BLOCK for block in blocks):
         return None
     name = "/".join([format_of(dtype).name, *map(str, names), "own" if grad == dtype else "fp32"])
@@ -163,21 +163,23 @@ def _kernel(layout: Layout, dtype: torch.dtype, grad: torch.dtype) -> int | None
 def _storage_name(storage: Storage, dtype: torch.dtype) -> str | None:
     """What csrc/kernel.cpp calls a storage, or None if it has none of the kind."""
     if type(storage) is Tiled:
-        return "tiled-remainder8-stochastic" if storage.of == _TILED and not storage.root else None
+        kept = _storage_name(storage.of, dtype)
+        return kept and f"tiled-{kept}{'-root' if storage.root else ''}"
     fmt = storage.format_for(dtype)
     own = fmt.dtype == dtype
+    prefix = "" if own else f"{fmt.name}-"
     suffix = "-stochastic" if storage.stochastic else ""
     # A subclass has a store of its own.
     if type(storage) is Rounded:
         if own:
             return "stochastic" if suffix else "nearest"
         return f"{fmt.name}{suffix}"
-    if type(storage) is Expansion and storage.n == 2:
-        scaled = "-scaled" if storage.scaled and fmt == FP16 else ""
-        return f"{'' if own else fmt.name + '-'}expansion{scaled}{suffix}"
-    if type(storage) is Remainder and own:
+    if type(storage) is Expansion:
+        scaled = "-scaled" if storage.scaled and fmt in (FP16, E4M3FN) else ""
+        return f"{prefix}expansion{'' if storage.n == 2 else storage.n}{scaled}{suffix}"
+    if type(storage) is Remainder:
         # 16 bits drop nothing that could be rounded.
-        return f"remainder{storage.bits}{suffix if storage.bits < 16 else ''}"
+        return f"{prefix}remainder{storage.bits}{suffix if storage.bits < 16 else ''}"
     if type(storage) is Blockwise:
         return f"{storage.companding}{suffix}"
     if type(storage) in (Kahan, Master) and own:
@@ -284,18 +286,22 @@ def read(tensor: TiledTensor) -> Tensor | None:
     """What a model reads of a parameter in tiles, as its components stand: bfloat16; None where no kernel serves it.
     One pass over its bytes."""
     form, library = tensor.form, _library()
-    if library.handle is None or form.of != _TILED or form.columns < _LEAST_BLOCK:
+    kept = form.of if tensor.forward == "value" else Rounded(form.format)
+    name = _storage_name(kept, torch.bfloat16)
+    *numbers, scale = tensor.parts
+    parts = [*(numbers if tensor.forward == "value" else numbers[:1]), scale]
+    if library.handle is None or name is None or form.columns < _LEAST_BLOCK:
         return None
-    parts = [tensor.hi, tensor.scale] + ([tensor.lo] if tensor.forward == "value" else [])
     if not all(part.is_contiguous() for part in parts):
         return None
-    out = torch.empty(tensor.hi.shape, dtype=torch.bfloat16)
-    lo = tensor.lo.data_ptr() if tensor.forward == "value" else None
-    library.handle.collage_read(
-        *(library.isa.encode(), tensor.hi.data_ptr(), lo, tensor.scale.data_ptr(), out.data_ptr()),
+    out, addresses = torch.empty(tensor.hi.shape, dtype=torch.bfloat16), array("Q", map(Tensor.data_ptr, parts))
+    # How what is kept was rounded is nothing to a reader.
+    failed = library.handle.collage_read(
+        *(library.isa.encode(), name.removesuffix("-stochastic").encode()),
+        *(_address(addresses), len(parts), out.data_ptr()),
         *(*tensor.hi.shape, form.rows, form.columns, torch.get_num_threads(), _parallel()),
     )
-    return out
+    return None if failed else out
 
 
 READERS["cpu"] = read
