@@ -323,9 +323,7 @@ struct E4m3 {
         return select(x == x, chosen, x);
     }
 
-    // The pattern of a number with 8 bits behind it.
-
-    // `hi` and `rest`: bytes in the low bits of lanes.
+    // The number with 8 bits behind it. `hi` and `rest`: bytes in the low bits of lanes.
     INLINE F join(U hi, U rest) {
         I size = (I)((hi & NUMBERS) << 8) + (I)((rest ^ 0x80u) - 0x80u), below = size >> 31;
         U sign = (hi << 24 ^ (U)size) & 0x80000000u;

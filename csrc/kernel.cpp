@@ -231,7 +231,7 @@ template <class Low, class P, class M, class V, class G> struct Step {
         for (int c = 0; c < parts; c++) memcpy((char *)r.part[c] + bytes(r, c, i), cells[c], bytes(r, c, count));
     }
 
-    // Lets the parts of scales begin with those of a block, the how-manieth of the range.
+    // Lets the parts of scales begin with that of the range's block of this number.
     INLINE void begin_with(const collage_range &r, void **part, int64_t block) {
         constexpr int m = square - 1, v = parts - 1;
         if constexpr (M::blocked) part[m] = (typename M::Scale *)r.part[m] + block;
@@ -365,6 +365,17 @@ template <class Low, class P, class M, class V, class G> struct Step {
         return (in_b ? units[j].b : units[j].a)[order == interleaved ? n / 2 : n % W];
     }
 
+    // Processors follow no streams that jump from row to row. AVX2, Zen, measured: .7 to .8 of the time without.
+    static constexpr int ROWS_AHEAD = 4;
+    INLINE void fetch_row(const collage_range &r, int64_t i) {
+        auto fetch = [](const void *from, int64_t bytes) {
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)from + at);
+        };
+        for (int c = 0; c < parts; c++)
+            if (r.elements[c] == 1) fetch((const char *)r.part[c] + i, r.block);
+        fetch((const typename G::Cell *)r.grad + i, r.block * (int64_t)sizeof(typename G::Cell));
+    }
+
     template <bool audited> static void run_tiles(const collage_range &r) {
         const int64_t rows = r.count / r.width, across = r.width / r.block;
         Tile tile;
@@ -377,8 +388,10 @@ template <class Low, class P, class M, class V, class G> struct Step {
                 const int height = (int)(rows - top < r.tile_rows ? rows - top : r.tile_rows);
                 const int64_t begin = top * r.width + c * r.block;
                 U largest{};
-                for (int row = 0; row < height; row++)
+                for (int row = 0; row < height; row++) {
+                    if (row + ROWS_AHEAD < height) fetch_row(r, begin + (row + ROWS_AHEAD) * r.width);
                     compute_row<audited>(r, part, begin + row * r.width, tile.fresh[row], largest, before, row);
+                }
                 if constexpr (audited) before.cells[P::parts - 1][0] = *(const typename P::Scale *)part[P::parts - 1];
                 Beside beside{};
                 P::settle(part, largest_of(largest), beside.shared);

@@ -71,12 +71,17 @@ def assert_steps_as_eager(
     isa: str, strategy: str, shape: tuple[int, int], rows: int, grad_dtype: torch.dtype, **options: Any
 ) -> None:
     """Two steps on gradients of any bits and one on ordinary ones, with ``options`` that are fields of Inputs."""
+    batches = any_batch(shape, rows, strategy), any_batch(shape, rows, strategy)
+    makes = (any_rows, any_rows, values)
+    grads = [[make(shape, 10 * n + i, grad_dtype) for i in range(2)] for n, make in enumerate(makes)]
     hyper = options.pop("hyper", HYPER)
-    mine, eager = any_batch(shape, rows, strategy), any_batch(shape, rows, strategy)
+    assert_same_steps(isa, *batches, [Inputs(hyper, each, **options) for each in grads])
+
+
+def assert_same_steps(isa: str, mine: Batch, eager: Batch, steps: list[Inputs]) -> None:
+    """The native steps of one batch against the eager ones of its like."""
     assert native.serves(mine.layout, torch.bfloat16)
-    for step in range(3):
-        make = any_rows if step < 2 else values
-        inputs = Inputs(hyper, [make(shape, 10 * step + i, grad_dtype) for i in range(2)], **options)
+    for inputs in steps:
         with native.using(isa):
             sums = kernels.step(mine, inputs, "native")
         wanted = kernels.step(eager, inputs, "eager")
@@ -100,6 +105,24 @@ def test_any_components_step_as_in_the_eager_definition(
     assert_steps_as_eager(*case, torch.bfloat16)
     assert_steps_as_eager(*case, torch.float32, audit=True)
     assert_steps_as_eager(*case, torch.bfloat16, audit=True, hyper=UNUSUAL, grad_scale=torch.tensor(3.0))
+
+
+@every_isa
+@every_strategy
+def test_tiles_of_zeros_and_of_numbers_below_the_smallest_scale_step_as_in_the_eager_definition(
+    strategy: str, isa: str
+) -> None:
+    shape = (70, 100)
+    mine, eager = (any_batch(shape, 32, strategy) for _ in range(2))
+    for batch in (mine, eager):
+        for param, state in zip(batch.params, batch.states, strict=True):
+            for role, storage in batch.layout.roles:
+                storage.clear(batch.layout.parts(role, param, state))
+    hyper = Hyper(1e-2, 0.9, 0.95, 1.0, 0.1)
+    grads = [
+        [values(shape, i, torch.float32) * 2.0**exponent for i in range(2)] for exponent in (-200, -140, -120, -60)
+    ]
+    assert_same_steps(isa, mine, eager, [Inputs(hyper, each, audit=True) for each in grads])
 
 
 @every_strategy
