@@ -3,8 +3,8 @@
     OMP_WAIT_POLICY=passive python benchmarks/tiled_forward.py [--model gpt-10m] [--batch 4] [--seq 128] [--threads 1]
 
 First the reading by itself, of one weight: its time as a ratio to torch's copy of a bfloat16 weight of that shape,
-which reads as many bytes as hi and lo have, and writes as many. Then whole models, in turn in the same rounds: medians, and
-ratios of each round to the plain model's.
+which reads as many bytes as hi and lo have, and writes as many. Then whole models, in turn in the same rounds:
+medians, and ratios of each round to the plain model's.
 """
 
 from __future__ import annotations
