@@ -82,8 +82,10 @@ def _sample(like: Batch, grad_dtype: torch.dtype, device: torch.device) -> tuple
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    borne = batch.layout.param.borne
-    params = [part for param in batch.params for part in (getattr(param, "parts") if borne else [param])]  # noqa: B009
+    params: list[Tensor] = []
+    for param in batch.params:
+        # The components, and what a model reads of them.
+        params.extend([*param.parts, param.dequantize()] if isinstance(param, TiledTensor) else [param])
     return [*params, *(tensor for state in batch.states for tensor in state.values()), batch.steps]
 
 

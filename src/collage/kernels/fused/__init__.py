@@ -13,14 +13,17 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from collage.kernels.contract import Batch, Inputs, Layout
-from collage.kernels.fused.forms import all_stored
+from collage.kernels.fused.forms import all_stored, read_stored
+from collage.storage import TiledTensor
+from collage.storage.tensor import READERS
 
-__all__ = ["devices", "null_step", "serves", "step", "unavailable"]
+__all__ = ["devices", "null_step", "read", "serves", "step", "unavailable"]
 
 # The first compute capability with conversions and arithmetic as the kernels need them: Ampere.
 CAPABILITY = (8, 0)
@@ -70,6 +73,25 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
     from collage.kernels.fused import launching
 
     return launching.step(batch, inputs)
+
+
+def read(tensor: TiledTensor) -> Tensor | None:
+    """What a model reads of a parameter in tiles, as its components stand: bfloat16; None where no kernel serves it.
+    One pass over its bytes, bit-equal to :func:`collage.storage.tensor.read`."""
+    stored = read_stored(tensor.form, tensor.forward)
+    if stored is None or not _can_run() or not all(part.is_contiguous() for part in tensor.parts):
+        return None
+    from collage.kernels.fused import launching
+
+    return launching.read(tensor, stored)
+
+
+READERS["cuda"] = read
+
+
+@cache
+def _can_run() -> bool:
+    return not unavailable()
 
 
 def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor]) -> None:

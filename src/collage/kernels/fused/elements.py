@@ -1,14 +1,19 @@
 """What one thread does, in Triton: rounding and random bits, transcribed from their definitions in
 :mod:`collage.numerics`.
 
-bfloat16 is loaded, rounded and stored as integers: the interpreter's own conversions truncate, and integer operations
-are the same everywhere.
+bfloat16 and float8 are loaded, rounded and stored as integers: the interpreter's own conversions are wrong, few GPUs
+have those of float8, and integer operations are the same everywhere.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# Of e4m3: its largest number and the smallest normal one; the exponent of float32 less its own, in a float32 pattern.
+MAX8 = tl.constexpr(448.0)
+NORMAL8 = tl.constexpr(2.0**-6)
+REBIAS8 = tl.constexpr(120 << 23)
 
 
 @triton.jit
@@ -34,6 +39,11 @@ def nearest_number(x, FORMAT: tl.constexpr):
         return as_float((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000)
     elif FORMAT == "fp16":
         return x.to(tl.float16).to(tl.float32)
+    elif FORMAT == "e4m3fn":
+        size = tl.minimum(tl.abs(x), MAX8)
+        # A power of two whose last bit is the spacing of the format's numbers at x; the sum with it rounds to that.
+        coarse = as_float(tl.maximum(as_bits(size) & 0x7F800000, 121 << 23) + (20 << 23))
+        return as_float(as_bits((size + coarse) - coarse) | (as_bits(x) & -0x80000000))
     else:
         return x
 
@@ -44,6 +54,15 @@ def stochastic_number(x, draw, FORMAT: tl.constexpr):
     bits = as_bits(x)
     if FORMAT == "bf16":
         return as_float((bits + draw) & -0x10000)
+    elif FORMAT == "e4m3fn":
+        # 20 bits are discarded where the result is normal; the first 16 of them decide the carry.
+        normal = as_float((bits + (draw << 4)) & -0x100000)
+        # Below 2**-6 in units of 2**-9, with 16 fractional bits: exact, and less than 2**19.
+        small = tl.abs(x) < NORMAL8
+        units = (tl.where(small, tl.abs(x), 0.0) * 2.0**25).to(tl.int32) + draw
+        subnormal = as_float(as_bits((units >> 16).to(tl.float32) * 2.0**-9) | (bits & -0x80000000))
+        # What overflows becomes the largest number; all else is a number of the format by now.
+        return nearest_number(tl.where(small, subnormal, normal), FORMAT)
     else:
         # 13 bits are discarded where the result is normal: of the draw only its first 13 can decide the carry.
         normal = as_float((bits + (draw >> 3)) & -0x2000)
@@ -77,6 +96,29 @@ def or_nan(x, result, FORMAT: tl.constexpr):
 def nearest(x, FORMAT: tl.constexpr):
     """``round_nearest``."""
     return or_nan(x, nearest_number(x, FORMAT), FORMAT)
+
+
+# ---- e4m3 ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def e4m3_number(pattern):
+    """The number that has these 8 bits, an int32, as float32."""
+    size = pattern & 0x7F
+    large = (size << 20) + REBIAS8
+    found = tl.where(size < 0x08, as_bits(size.to(tl.float32) * 2.0**-9), large)
+    found = tl.where(size == 0x7F, 0x7FC00000, found)
+    return as_float(found | ((pattern & 0x80) << 24))
+
+
+@triton.jit
+def e4m3_pattern(x):
+    """The opposite of :func:`e4m3_number`; nan has the pattern of one."""
+    size = as_bits(x) & 0x7FFFFFFF
+    small = size < 0x3C800000
+    subnormal = (as_float(tl.where(small, size, 0)) * 512.0).to(tl.int32)
+    found = tl.where(small, subnormal, tl.minimum((size - REBIAS8) >> 20, 0x7F))
+    return found | ((as_bits(x) >> 24) & 0x80)
 
 
 # ---- random bits: collage.numerics.counter ---------------------------------------------------------------------------

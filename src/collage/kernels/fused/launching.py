@@ -15,11 +15,15 @@ from collage.kernels.fused.advance import advance_kernel
 from collage.kernels.fused.forms import Stored, all_stored, block_of
 from collage.kernels.fused.null import null_kernel
 from collage.kernels.fused.tables import Tables
+from collage.kernels.fused.tiles import read_kernel, tile_kernel
 from collage.kernels.fused.update import step_kernel, sums_kernel
 from collage.numerics import format_of
+from collage.storage import Tiled, TiledTensor
 
 # Elements of a tile: with 4 warps, 8 per thread, which is one access of 16 bytes to a 16-bit component.
 TILE = 1024
+# Rows of a tile of a parameter in tiles that a program takes at a time.
+SLAB_ROWS = 16
 # Tensors that one program advances, and lines of partial sums that one adds up at a time.
 ROWS = 128
 # Bytes of a block of the null step.
@@ -44,34 +48,30 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         _advance(batch, inputs, tables)
         partials = tables.partials() if inputs.audit else None
         scale = None if inputs.grad_scale is None else inputs.grad_scale.to(tables.device, torch.float32)
-        warps = _warps(tables.stored)
-        entry = block_of(tables.stored)
-        if tables.tiles:
+        args = (addresses, tables.shapes, tables.owners, tables.scalars, tables.keys, tables.powers, partials, scale)
+        constants = {
+            **_described(tables.stored),
+            "GRAD": format_of(grads[0]).name,
+            "MAXIMIZE": inputs.hyper.maximize,
+            "AUDIT": inputs.audit,
+            "WORDS": tables.words,
+            "ENTRY": tables.entry,
+            "COLUMNS": _columns(tables.entry),
+        }
+        if tables.tiles and batch.layout.param.borne:
+            _step_tiles(batch, tables, args, constants)
+        elif tables.tiles:
+            warps = _warps(tables.stored)
             launch(
                 step_kernel,
                 tables.tiles,
-                addresses,
-                tables.shapes,
-                tables.owners,
-                tables.scalars,
-                tables.keys,
-                tables.powers,
-                partials,
-                scale,
+                *args,
                 tables.highs,
-                PARAM=tuple(tables.stored[0]),
-                EXP_AVG=tuple(tables.stored[1]),
-                EXP_AVG_SQ=tuple(tables.stored[2]),
-                GRAD=format_of(grads[0]).name,
-                MAXIMIZE=inputs.hyper.maximize,
-                AUDIT=inputs.audit,
                 CROSSES=tables.highs > 1,
-                WORDS=tables.words,
                 SIZE=TILE,
                 PIECE=warps * WARP,
-                ENTRY=entry,
-                COLUMNS=_columns(entry),
                 num_warps=warps,
+                **constants,
             )
         if partials is None:
             return None
@@ -79,6 +79,57 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         args = (sums, partials, tables.shapes, tables.scalars, count, tables.tiles)
         launch(sums_kernel, count, *args, LINES=ROWS)
         return sums
+
+
+def _step_tiles(batch: Batch, tables: Tables, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    form = batch.layout.param
+    assert isinstance(form, Tiled)
+    size = min(_columns(tables.rows), SLAB_ROWS) * constants["COLUMNS"]
+    launch(
+        tile_kernel,
+        tables.tiles,
+        *args,
+        tables.highs,
+        form.width,
+        SIZE=size,
+        ROWS=tables.rows,
+        WIDE=tables.aligned and _wide_rows(form),
+        num_warps=max(1, size // (8 * WARP)),
+        **constants,
+    )
+
+
+def read(tensor: TiledTensor, stored: Stored) -> Tensor:
+    """See :func:`collage.kernels.fused.read`."""
+    form = tensor.form
+    out = torch.empty(tensor.hi.shape, dtype=torch.bfloat16, device=tensor.hi.device)
+    rows, width = tensor.hi.shape
+    read = (stored.first, stored.second, stored.third)
+    numbers = [part.data_ptr() for part, each in zip(tensor.parts, read, strict=False) if each]
+    columns = _columns(form.columns)
+    programs = -(-rows // SLAB_ROWS) * (width // form.columns)
+    if programs:
+        with _on(out.device):
+            launch(
+                read_kernel,
+                programs,
+                *(*numbers, 0, 0)[:3],
+                tensor.scale.data_ptr(),
+                out.data_ptr(),
+                out.numel(),
+                width,
+                PARAM=tuple(stored),
+                SIZE=SLAB_ROWS * columns,
+                ENTRY=form.columns,
+                COLUMNS=columns,
+                WIDE=_wide_rows(form) and not any(address % 16 for address in (*numbers, out.data_ptr())),
+            )
+    return out
+
+
+def _wide_rows(form: Tiled) -> bool:
+    """Whether each row of a tile begins at a multiple of 16 bytes if the tensor does."""
+    return form.width % 16 == 0 and form.columns % 16 == 0
 
 
 def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor]) -> None:
@@ -103,8 +154,20 @@ def _tables(batch: Batch) -> Tables:
                 f"the Triton kernels do not serve {batch.layout} with parameters of {batch.params[0].dtype}; use "
                 "backend='eager'"
             )
-        tables = batch.kept["triton"] = Tables(batch, stored, TILE // _columns(block_of(stored)) * block_of(stored))
+        entry = block_of(batch.layout)
+        form = batch.layout.param
+        if isinstance(form, Tiled):
+            # Where each row has an exponent of its own, a program takes several rows.
+            rows = form.rows if form.rows > 1 else SLAB_ROWS
+            tables = Tables(batch, stored, entry, rows, rows * form.width, form.width // entry)
+        else:
+            tables = Tables(batch, stored, entry, 1, TILE // _columns(entry) * entry, 1)
+        batch.kept["triton"] = tables
     return tables
+
+
+def _described(stored: Sequence[Stored]) -> dict[str, tuple[Any, ...]]:
+    return dict(zip(("PARAM", "EXP_AVG", "EXP_AVG_SQ"), map(tuple, stored), strict=True))
 
 
 def _advance(batch: Batch, inputs: Inputs, tables: Tables) -> None:

@@ -1,20 +1,28 @@
 """The storages, in Triton, transcribed from :mod:`collage.storage` and :mod:`collage.numerics.remainders`.
 
-Of a role, ``first`` and ``second`` are the two components as :mod:`collage.kernels.fused.memory` loads them: float32
-that are numbers of their formats; before a remainder the pattern of hi, then the remainder, both int32; int32 codes,
-then the float32 scales of their rows.
+``parts`` are the components of a role as :func:`collage.kernels.fused.memory.load_parts` makes them: float32 that are
+numbers of their formats; before a remainder the pattern of hi, then the remainder, both int32; int32 codes, then the
+float32 scales of their rows. In tiles they are three numbers and an exponent, of the quotients.
 """
 
 # Triton's annotations are values, not types.
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from collage.kernels.fused.elements import as_bits, as_float, nearest, nearest_number, or_nan, rounded_number
-from collage.kernels.fused.memory import FACTOR
+from collage.kernels.fused.elements import (
+    REBIAS8,
+    as_bits,
+    as_float,
+    nearest,
+    nearest_number,
+    or_nan,
+    rounded_number,
+)
+from collage.kernels.fused.memory import FACTOR, FACTOR8
 
 # Added to a number in [0, 2**23) and taken away again, it leaves it rounded to an integer, ties to even.
 WHOLE = tl.constexpr(2.0**23)
@@ -40,6 +48,10 @@ def low_part(x, draw, FORMAT: tl.constexpr, SECOND: tl.constexpr, STOCHASTIC: tl
     """A residual as a lo in the format, which may be kept scaled."""
     if SECOND == "scaled fp16":
         return rounded_number(x * FACTOR, draw, FORMAT, STOCHASTIC) * (1.0 / FACTOR)
+    elif SECOND == "scaled e4m3fn":
+        return rounded_number(x * FACTOR8, draw, FORMAT, STOCHASTIC) * (1.0 / FACTOR8)
+    elif SECOND == "twice scaled e4m3fn":
+        return rounded_number(x * (FACTOR8 * FACTOR8), draw, FORMAT, STOCHASTIC) * (1.0 / (FACTOR8 * FACTOR8))
     else:
         return rounded_number(x, draw, FORMAT, STOCHASTIC)
 
@@ -54,6 +66,22 @@ def expansion(x, draw, STORED: tl.constexpr):
     total = low_part(residual(x, hi), draw, FORMAT, SECOND, STOCHASTIC) + hi
     hi = nearest_number(total, FORMAT)
     return or_nan(x, hi, FORMAT), low_part(residual(total, hi), draw, FORMAT, SECOND, False)
+
+
+@triton.jit
+def expansion3(x, draw, STORED: tl.constexpr):
+    """The same of three numbers."""
+    FORMAT: tl.constexpr = STORED[1]
+    SECOND: tl.constexpr = STORED[2]
+    THIRD: tl.constexpr = STORED[5]
+    hi = nearest_number(x, FORMAT)
+    rest = residual(x, hi)
+    lo = low_part(rest, draw, FORMAT, SECOND, False)
+    total = (low_part(residual(rest, lo), draw, FORMAT, THIRD, STORED[3]) + lo) + hi
+    hi = nearest_number(total, FORMAT)
+    rest = residual(total, hi)
+    lo = low_part(rest, draw, FORMAT, SECOND, False)
+    return or_nan(x, hi, FORMAT), lo, low_part(residual(rest, lo), draw, FORMAT, THIRD, False)
 
 
 @triton.jit
@@ -86,10 +114,18 @@ def split_remainder(x, draw, FORMAT: tl.constexpr, EXTRA: tl.constexpr, STOCHAST
     if FORMAT == "bf16":
         magnitude = drop(tl.where(size > 0x7F800000, 0x7FC00000, size), draw, 16 - EXTRA, STOCHASTIC)
     else:
-        normal = tl.minimum(drop(size - REBIAS, draw, 13 - EXTRA, STOCHASTIC), 0x7C00 << EXTRA)
-        large = tl.where(size > 0x7F800000, 0x7E00 << EXTRA, normal)
-        small = size < 0x38800000
-        steps = as_float(tl.where(small, size, 0)) * 2.0 ** (24 + EXTRA)
+        # Of the format: bits that float32 has more; its overflow and its nan; the smallest normal number; log2 of the
+        # units in 1 of the smallest step.
+        MORE: tl.constexpr = 13 if FORMAT == "fp16" else 20
+        MOST: tl.constexpr = 0x7C00 if FORMAT == "fp16" else 0x7E
+        NAN: tl.constexpr = 0x7E00 if FORMAT == "fp16" else 0x7F
+        NORMAL: tl.constexpr = 0x38800000 if FORMAT == "fp16" else 0x3C800000
+        UNITS: tl.constexpr = 24 if FORMAT == "fp16" else 9
+        BIAS: tl.constexpr = REBIAS if FORMAT == "fp16" else REBIAS8
+        normal = tl.minimum(drop(size - BIAS, draw, MORE - EXTRA, STOCHASTIC), MOST << EXTRA)
+        large = tl.where(size > 0x7F800000, NAN << EXTRA, normal)
+        small = size < NORMAL
+        steps = as_float(tl.where(small, size, 0)) * 2.0 ** (UNITS + EXTRA)
         if STOCHASTIC:
             whole = steps.to(tl.int32)
             fraction = ((steps - whole.to(tl.float32)) * 65536.0).to(tl.int32)
@@ -98,22 +134,32 @@ def split_remainder(x, draw, FORMAT: tl.constexpr, EXTRA: tl.constexpr, STOCHAST
             subnormal = ((steps + WHOLE) - WHOLE).to(tl.int32)
         magnitude = tl.where(small, subnormal, large)
     hi = (magnitude + (1 << (EXTRA - 1))) >> EXTRA
-    return hi | ((pattern >> 16) & -0x8000), magnitude - (hi << EXTRA)
+    # Shifted down to the pattern of hi, whose own first bit it is.
+    SHIFT: tl.constexpr = 24 if FORMAT == "e4m3fn" else 16
+    sign = (pattern >> SHIFT) & (-0x80000000 >> SHIFT)
+    return hi | sign, magnitude - (hi << EXTRA)
 
 
 @triton.jit
 def join_remainder(pattern, lo, FORMAT: tl.constexpr, EXTRA: tl.constexpr):
     """``join_remainder`` of the pattern of hi, its sign extended."""
-    magnitude = ((pattern & 0x7FFF) << EXTRA) + lo
+    MASK: tl.constexpr = 0x7F if FORMAT == "e4m3fn" else 0x7FFF
+    size = (pattern & MASK) << EXTRA
+    magnitude = size + lo
     # Below zero the sign bit of the sum turns that of hi round.
     sign = (pattern ^ magnitude) & -0x80000000
     magnitude = tl.abs(magnitude)
     if FORMAT == "bf16":
         return as_float((magnitude << (16 - EXTRA)) | sign)
-    else:
+    elif FORMAT == "fp16":
         subnormal = as_bits(magnitude.to(tl.float32) * 2.0 ** -(24 + EXTRA))
         large = (magnitude << (13 - EXTRA)) + tl.where(magnitude >= (0x7C00 << EXTRA), 2 * REBIAS, REBIAS)
         return as_float(tl.where(magnitude >= (1 << (10 + EXTRA)), large, subnormal) | sign)
+    else:
+        subnormal = as_bits(magnitude.to(tl.float32) * 2.0 ** -(9 + EXTRA))
+        large = (magnitude << (20 - EXTRA)) + REBIAS8
+        found = tl.where(magnitude >= (0x08 << EXTRA), large, subnormal) | sign
+        return as_float(tl.where(size == (MASK << EXTRA), 0x7FC00000, found))
 
 
 # ---- blocks of codes -------------------------------------------------------------------------------------------------
@@ -176,83 +222,164 @@ def square_root(x, STORED: tl.constexpr):
         return tl.sqrt_rn(x)
 
 
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def power(exponent):
+    """``tiled._power``."""
+    return as_float(exponent << 23)
+
+
+@triton.jit
+def finite_size(x):
+    """The pattern of a magnitude, which grows with it; 0 where it is not finite."""
+    size = as_bits(x) & 0x7FFFFFFF
+    return tl.where(size < 0x7F800000, size, 0)
+
+
+@triton.jit
+def exponent_of(largest):
+    """``Tiled._exponent`` of a magnitude's pattern."""
+    # 2**23 - 1 less the significand of 448; its exponent, 8; and the least exponent, 1.
+    exponent = tl.maximum(((largest + 0x1FFFFF) >> 23) - 8, 1)
+    return tl.where(largest == 0, 127, exponent)
+
+
+@triton.jit
+def quotients(x, exponent, STORED: tl.constexpr):
+    """The part of ``Tiled.store`` before the storage of the quotients."""
+    quotient = x * power(254 - exponent)
+    # inf - inf is nan.
+    quotient = tl.where(tl.abs(quotient) < float("inf"), quotient, quotient - quotient)
+    if STORED[7]:
+        LEAST: tl.constexpr = 2.0**-17 if STORED[5] != "" else (2.0**-13 if STORED[2] != "" else 2.0**-9)
+        quotient = tl.where((x > 0) & (quotient < LEAST), LEAST, quotient)
+    return quotient
+
+
 # ---- by kind ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def value_of(first, second, STORED: tl.constexpr):
+def value_of(parts, STORED: tl.constexpr):
     """``Storage.load``."""
-    FORMAT: tl.constexpr = STORED[1]
-    WIDTH: tl.constexpr = STORED[4]
-    if STORED[0] == "rounded":
-        return first
-    elif STORED[0] == "master":
-        return second
-    elif STORED[0] == "remainder":
-        return join_remainder(first, second, FORMAT, WIDTH)
-    elif STORED[2] == "scale":
-        return decoded(first, second, STORED)
-    else:
-        return second + first
+    value = number_of(parts, STORED)
+    if STORED[6] > 0:
+        value = value * power(parts[3])
+    if STORED[7]:
+        value = value * value
+    return value
 
 
 @triton.jit
-def parts_of(total, update, first, second, draw, STORED: tl.constexpr):
+def number_of(parts, STORED: tl.constexpr):
+    """``Storage.load``; in tiles the quotient."""
+    if STORED[0] == "rounded":
+        return parts[0]
+    elif STORED[0] == "master":
+        return parts[1]
+    elif STORED[0] == "remainder":
+        return join_remainder(parts[0], parts[1], STORED[1], STORED[4])
+    elif STORED[2] == "scale":
+        return decoded(parts[0], parts[1], STORED)
+    elif STORED[5] != "":
+        return (parts[2] + parts[1]) + parts[0]
+    else:
+        return parts[1] + parts[0]
+
+
+@triton.jit
+def parts_of(total, update, parts, exponent, draw, STORED: tl.constexpr):
     """The new components: ``Storage.add`` and, of a kind that does not look at the update, ``Storage.store``.
 
-    ``total`` is the value to be stored, the update included; ``first`` and ``second`` are the old components.
+    ``total`` is the value to be stored, the update included; ``parts`` are the old components; ``exponent`` is that of
+    the role's tile, where tiles are higher than a row.
     """
+    if STORED[6] == 0:
+        return numbers_of(total, update, parts, draw, STORED)
+    else:
+        value = tl.sqrt_rn(total) if STORED[7] else total
+        if STORED[6] == 1:
+            exponent = exponent_of(tl.max(finite_size(value), 1, keep_dims=True))
+        new = numbers_of(quotients(value, exponent, STORED), update, parts, draw, STORED)
+        if STORED[5] != "":
+            return new[0], new[1], new[2], exponent
+        else:
+            return new[0], new[1], new[0], exponent
+
+
+@triton.jit
+def numbers_of(total, update, parts, draw, STORED: tl.constexpr):
+    """The new components; in tiles of the quotient ``total``, without the exponent."""
     FORMAT: tl.constexpr = STORED[1]
     STOCHASTIC: tl.constexpr = STORED[3]
-    WIDTH: tl.constexpr = STORED[4]
     if STORED[0] == "rounded":
         new = or_nan(total, rounded_number(total, draw, FORMAT, STOCHASTIC), FORMAT)
         return new, new
     elif STORED[0] == "master":
         return nearest(total, FORMAT), total
     elif STORED[0] == "kahan":
-        return kahan(update, first, second, FORMAT)
+        return kahan(update, parts[0], parts[1], FORMAT)
     elif STORED[0] == "remainder":
-        return split_remainder(total, draw, FORMAT, WIDTH, STOCHASTIC)
+        return split_remainder(total, draw, FORMAT, STORED[4], STOCHASTIC)
     elif STORED[2] == "scale":
         scale, finite = scale_of(total, STORED)
         return codes_of(total, scale, finite, draw, STORED), scale
+    elif STORED[5] != "":
+        return expansion3(total, draw, STORED)
     else:
         return expansion(total, draw, STORED)
 
 
 @triton.jit
-def leading(first, STORED: tl.constexpr):
-    """The leading component as a number, in float64."""
-    if STORED[0] != "remainder":
-        return first.to(tl.float64)
+def seen(parts, STORED: tl.constexpr):
+    """``Storage.seen`` of a parameter, in float64."""
+    if STORED[6] > 0:
+        return nearest(value_of(parts, STORED), "bf16").to(tl.float64)
+    elif STORED[0] != "remainder":
+        return parts[0].to(tl.float64)
     elif STORED[1] == "bf16":
-        return as_float(first << 16).to(tl.float64)
+        return as_float(parts[0] << 16).to(tl.float64)
     else:
-        return first.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32).to(tl.float64)
+        return parts[0].to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32).to(tl.float64)
 
 
 @triton.jit
-def exact(first, second, STORED: tl.constexpr):
+def exact(parts, STORED: tl.constexpr):
     """``Storage.exact``, in float64."""
-    if STORED[0] == "rounded":
-        return first.to(tl.float64)
-    elif STORED[0] == "master":
-        return second.to(tl.float64)
-    elif STORED[0] == "remainder" or STORED[2] == "scale":
-        return value_of(first, second, STORED).to(tl.float64)
+    if STORED[6] > 0:
+        value = exact_number(parts, STORED) * power(parts[3]).to(tl.float64)
+        if STORED[7]:
+            value = value * value
+        return value
     else:
-        return second.to(tl.float64) + first.to(tl.float64)
+        return exact_number(parts, STORED)
 
 
 @triton.jit
-def moved(first, second, old_first, old_second, STORED: tl.constexpr):
-    """``Storage.moved``, in float64; the arguments are new and old components."""
-    if STORED[0] == "remainder" or STORED[2] == "scale":
-        return exact(first, second, STORED) - exact(old_first, old_second, STORED)
+def exact_number(parts, STORED: tl.constexpr):
+    """``Storage.exact``; in tiles of the quotient."""
+    if STORED[0] == "rounded":
+        return parts[0].to(tl.float64)
+    elif STORED[0] == "master":
+        return parts[1].to(tl.float64)
+    elif STORED[0] == "remainder" or STORED[2] == "scale":
+        return number_of(parts, STORED).to(tl.float64)
+    elif STORED[5] != "":
+        return (parts[2].to(tl.float64) + parts[1].to(tl.float64)) + parts[0].to(tl.float64)
     else:
-        by_first = first.to(tl.float64) - old_first.to(tl.float64)
-        by_second = second.to(tl.float64) - old_second.to(tl.float64)
+        return parts[1].to(tl.float64) + parts[0].to(tl.float64)
+
+
+@triton.jit
+def moved(new, old, STORED: tl.constexpr):
+    """``Storage.moved``, in float64, between two sets of components."""
+    if STORED[0] == "remainder" or STORED[2] == "scale" or STORED[6] > 0:
+        return exact(new, STORED) - exact(old, STORED)
+    else:
+        by_first = new[0].to(tl.float64) - old[0].to(tl.float64)
+        by_second = new[1].to(tl.float64) - old[1].to(tl.float64)
         if STORED[0] == "rounded":
             return by_first
         elif STORED[0] == "master":

@@ -5,7 +5,7 @@ A kernel reads the addresses of a batch's tensors from a table, so that one laun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from collage.kernels.fused.forms import Stored
 SCALARS = 9
 # Columns of a tensor's float64 row: a step, beta1 and beta2 to its power, beta1, beta2.
 POWERS = 5
-# Addresses of a tensor: of the gradient, and of two components of each role; 0 where there is no such component.
+# Addresses of a tensor: of the gradient, and of two components of each role; 0 where there is no such component. Where
+# the parameter is in tiles, of three numbers of each role and of its scales; codes and their scales are the first two.
 ADDRESSES = 7
+TILE_ADDRESSES = 13
 
 
 class Tables:
@@ -29,11 +31,15 @@ class Tables:
         stored: how each role is stored.
         words: 32-bit random words that an element takes in a step.
         highs: high halves of element indices that a tensor may span.
-        tiles: number of tiles over all tensors.
+        entry: elements of a row that share a scale; 1 where none do.
+        rows: of a tile, of a parameter in tiles.
+        tiles: number of programs over all tensors.
         uploads: how often the table of addresses was written.
+        aligned: whether all that stands at the addresses, but for scales, begins at a multiple of 16 bytes; kept for
+            parameters in tiles alone.
     """
 
-    def __init__(self, batch: Batch, stored: tuple[Stored, ...], tile: int) -> None:
+    def __init__(self, batch: Batch, stored: tuple[Stored, ...], entry: int, rows: int, span: int, across: int) -> None:
         self.device = batch.steps.device
         if self._capturing():
             raise RuntimeError(
@@ -44,16 +50,18 @@ class Tables:
         self.stored = stored
         draws = [draw for role, draw in DRAWS.items() if getattr(batch.layout, role).stochastic]
         self.words = max(draws, default=-2) // 2 + 1
+        self.entry, self.rows = entry, rows
+        self._tiled = batch.layout.param.borne
         self._names = _other_names(batch)
 
         elements = [param.numel() for param in batch.params]
         lasts = [first + max(n, 1) - 1 for first, n in zip(batch.firsts, elements, strict=True)]
         self.highs = max(1 + (last >> 32) - (first >> 32) for first, last in zip(batch.firsts, lasts, strict=True))
-        counts = torch.tensor([-(-n // tile) for n in elements])
+        counts = torch.tensor([-(-n // span) * across for n in elements])
         first_tiles = (torch.cumsum(counts, 0) - counts).tolist()
         self.tiles = int(counts.sum())
-        rows = [each for row in zip(elements, batch.firsts, first_tiles, strict=True) for each in row]
-        self.shapes = self._upload(rows).view(count, 3)
+        shapes = [each for row in zip(elements, batch.firsts, first_tiles, strict=True) for each in row]
+        self.shapes = self._upload(shapes).view(count, 3)
         self.owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), counts).to(self.device)
         self.ordinals = self._upload(batch.ordinals)
 
@@ -65,17 +73,24 @@ class Tables:
 
         self.uploads = 0
         self._known: list[int] = []
-        self._addresses = torch.zeros(count, ADDRESSES, dtype=torch.int64, device=self.device)
+        self.aligned = True
+        columns = TILE_ADDRESSES if self._tiled else ADDRESSES
+        self._addresses = torch.zeros(count, columns, dtype=torch.int64, device=self.device)
         self._reserve: Tensor | None = None
         self._captured: list[tuple[Tensor, Tensor]] = []
 
     def addresses(self, batch: Batch, grads: Sequence[Tensor]) -> Tensor:
-        """The table of addresses, int64 [tensors, ADDRESSES], written anew only if one has changed."""
+        """The table of addresses, int64 [tensors, ADDRESSES or more], written anew only if one has changed."""
         found: list[int] = []
         for param, state, grad in zip(batch.params, batch.states, grads, strict=True):
             found.append(grad.data_ptr())
-            found.append(param.data_ptr())
+            if self._tiled:
+                found.extend(_own_addresses(param))
+            else:
+                found.append(param.data_ptr())
             found.extend(state[name].data_ptr() if name else 0 for name in self._names)
+        if self._tiled and found != self._known:
+            self.aligned = not any(address % 16 for address in self._unscaled(found))
         if self._capturing():
             return self._addresses_of_a_graph(found)
         if self._reserve is None:
@@ -85,6 +100,15 @@ class Tables:
             self._known = found
             self.uploads += 1
         return self._addresses
+
+    def _unscaled(self, found: list[int]) -> Iterator[int]:
+        """The addresses that wide accesses begin at."""
+        for row in range(0, len(found), TILE_ADDRESSES):
+            for column, address in enumerate(found[row : row + TILE_ADDRESSES]):
+                role, place = (column - 1) // 4, (column - 1) % 4
+                # Of scales there is one for a row at most.
+                if place < 3 and not (place == 1 and role >= 0 and self.stored[role].second == "scale"):
+                    yield address
 
     def partials(self) -> Tensor:
         """Room for each tile's row of sums: float64 [tiles, len(SUMS)]."""
@@ -118,9 +142,20 @@ class Tables:
 
 def _other_names(batch: Batch) -> list[str]:
     """Names in ``states`` of a parameter's second component and of two components of each moment; empty where there is
-    no such component."""
+    no such component. Where the parameter bears its own, of four components of each moment, scales of tiles last."""
     names: list[str] = []
     dtype = batch.params[0].dtype
     for role, storage in batch.layout.roles:
-        names.extend([*storage.state_names(role, dtype), ""][:2])
-    return names[1:]
+        found = storage.state_names(role, dtype)
+        if not batch.layout.param.borne:
+            names.extend([*found, ""][:2])
+        elif role != "param":
+            *numbers, scale = found if storage.borne else (*found, "")
+            names.extend([*[*numbers, "", ""][:3], scale])
+    return names if batch.layout.param.borne else names[1:]
+
+
+def _own_addresses(param: Tensor) -> list[int]:
+    """Of three numbers and the scales of a parameter in tiles."""
+    *numbers, scale = (part.data_ptr() for part in getattr(param, "parts"))  # noqa: B009
+    return [*[*numbers, 0, 0][:3], scale]

@@ -16,7 +16,7 @@ from collage.kernels.fused import tables
 from collage.kernels.fused.advance import POWERS, SCALARS
 from collage.kernels.fused.elements import random_word
 from collage.kernels.fused.memory import alignment, load, load_parts, mask_of, offsets_of, store_parts
-from collage.kernels.fused.storages import exact, leading, moved, parts_of, square_root, value_of
+from collage.kernels.fused.storages import exact, moved, parts_of, seen, square_root, value_of
 
 ADDRESSES = tl.constexpr(tables.ADDRESSES)
 SUMS = tl.constexpr(len(contract.SUMS))
@@ -90,15 +90,15 @@ def step_kernel(
         wide &= start + SIZE <= numel
     if wide:
         sums += step_tile(
-            g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, grad_scale, beta2,
+            g_at, p_at, m_at, v_at, start, first, numel, ENTRY, 0, 0, scalar, tensor_keys, highs, grad_scale, beta2,
             PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, SIZE, ENTRY, COLUMNS, True,
         )  # fmt: skip
     else:
         # One element per thread keeps the registers of the other path at half of what they would be.
         while start < end:
             sums += step_tile(
-                g_at, p_at, m_at, v_at, start, first, numel, scalar, tensor_keys, highs, grad_scale, beta2,
-                PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, PIECE, ENTRY, COLUMNS, False,
+                g_at, p_at, m_at, v_at, start, first, numel, ENTRY, 0, 0, scalar, tensor_keys, highs, grad_scale,
+                beta2, PARAM, EXP_AVG, EXP_AVG_SQ, GRAD, MAXIMIZE, AUDIT, CROSSES, WORDS, PIECE, ENTRY, COLUMNS, False,
             )  # fmt: skip
             start += PIECE // COLUMNS * ENTRY
     if AUDIT:
@@ -113,7 +113,10 @@ def step_tile(
     v_at,
     start,
     first,
-    numel,
+    end,
+    stride,
+    exponent,
+    new_exponent,
     scalar,
     keys,
     highs,
@@ -132,47 +135,81 @@ def step_tile(
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``eager._fp32`` of one tile, in its order. Returns its row of sums; zeros unless AUDIT."""
-    g = load(g_at, start, numel, SIZE, ENTRY, COLUMNS, GRAD, WIDE)
-    m1, m2 = load_parts(m_at, start, numel, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
-    v1, v2 = load_parts(v_at, start, numel, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
-    p1, p2 = load_parts(p_at, start, numel, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
-    if grad_scale is not None:
-        g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros(g.shape, tl.float32))
-    if MAXIMIZE:
-        g = g * -1.0
-    offsets = offsets_of(SIZE, ENTRY, COLUMNS)
+    """``eager._fp32`` of one tile, in its order. Returns its row of sums; zeros unless AUDIT.
+
+    ``exponent`` and ``new_exponent`` are those of the parameter's tile, of which this one is some rows; see
+    ``tiles.py``.
+    """
+    g = load(g_at, start, end, stride, SIZE, ENTRY, COLUMNS, GRAD, WIDE)
+    old_m = load_parts(m_at, start, end, stride, 0, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
+    old_v = load_parts(v_at, start, end, stride, 0, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
+    old_p = load_parts(p_at, start, end, stride, exponent, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
+    g = plain_gradient(g, grad_scale, MAXIMIZE)
+    offsets = offsets_of(stride, SIZE, ENTRY, COLUMNS)
     # contract.DRAWS: param and exp_avg_sq share the first word.
     FIRST_WORD: tl.constexpr = PARAM[3] or EXP_AVG_SQ[3]
     SECOND_WORD: tl.constexpr = EXP_AVG[3]
     # Each moment is stored as soon as it can be: of registers, the most are wanted here.
-    m = value_of(m1, m2, EXP_AVG) * tl.load(scalar) + g * tl.load(scalar + 1)
+    m = first_moment(value_of(old_m, EXP_AVG), g, scalar)
     word2 = words_of(keys, first, start, offsets, highs, 1, SECOND_WORD, CROSSES, WORDS)
-    new_m1, new_m2 = parts_of(m, m, m1, m2, (word2 & 0xFFFF).to(tl.int32), EXP_AVG)
-    store_parts(m_at, start, numel, new_m1, new_m2, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
+    new_m = parts_of(m, m, old_m, 0, (word2 & 0xFFFF).to(tl.int32), EXP_AVG)
+    store_parts(m_at, start, end, stride, new_m, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
 
-    v = value_of(v1, v2, EXP_AVG_SQ) * tl.load(scalar + 2) + (g * g) * tl.load(scalar + 3)
+    v = second_moment(value_of(old_v, EXP_AVG_SQ), g, scalar)
     word = words_of(keys, first, start, offsets, highs, 0, FIRST_WORD, CROSSES, WORDS)
-    new_v1, new_v2 = parts_of(v, v, v1, v2, (word >> 16).to(tl.int32), EXP_AVG_SQ)
-    store_parts(v_at, start, numel, new_v1, new_v2, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
+    new_v = parts_of(v, v, old_v, 0, (word >> 16).to(tl.int32), EXP_AVG_SQ)
+    store_parts(v_at, start, end, stride, new_v, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
 
-    root = square_root(v, EXP_AVG_SQ)
-    u = tl.div_rn(m * tl.load(scalar + 4), root * tl.load(scalar + 5) + tl.load(scalar + 6))
-    p = value_of(p1, p2, PARAM)
-    decay = tl.load(scalar + 7)
-    # Without decay, a parameter that is not finite leaves the update alone.
-    u = tl.where(decay != 0, u - p * decay, u)
-    new_p1, new_p2 = parts_of(p + u, u, p1, p2, (word & 0xFFFF).to(tl.int32), PARAM)
-    store_parts(p_at, start, numel, new_p1, new_p2, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
+    u = update_of(m, square_root(v, EXP_AVG_SQ), scalar)
+    p = value_of(old_p, PARAM)
+    u = decayed(u, p, scalar)
+    new_p = parts_of(p + u, u, old_p, new_exponent, (word & 0xFFFF).to(tl.int32), PARAM)
+    store_parts(p_at, start, end, stride, new_p, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     if AUDIT:
-        e = moved(new_p1, new_p2, p1, p2, PARAM)
-        e_hi = leading(new_p1, PARAM) - leading(p1, PARAM)
-        moved_v = moved(new_v1, new_v2, v1, v2, EXP_AVG_SQ)
-        old_v = exact(v1, v2, EXP_AVG_SQ)
-        mask = mask_of(start, numel, SIZE, ENTRY, COLUMNS)
-        return sums_of(mask, u.to(tl.float64), e, e_hi, g.to(tl.float64), old_v, moved_v, tl.load(beta2))
+        e = moved(new_p, old_p, PARAM)
+        e_hi = seen(new_p, PARAM) - seen(old_p, PARAM)
+        moved_v = moved(new_v, old_v, EXP_AVG_SQ)
+        before = exact(old_v, EXP_AVG_SQ)
+        mask = mask_of(start, end, stride, SIZE, ENTRY, COLUMNS)
+        return sums_of(mask, u.to(tl.float64), e, e_hi, g.to(tl.float64), before, moved_v, tl.load(beta2))
     else:
         return tl.zeros([SUMS], tl.float64)
+
+
+@triton.jit
+def plain_gradient(g, grad_scale, MAXIMIZE: tl.constexpr):
+    """``eager._gradient``."""
+    if grad_scale is not None:
+        g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros(g.shape, tl.float32))
+    if MAXIMIZE:
+        g = g * -1.0
+    return g
+
+
+@triton.jit
+def first_moment(m, g, scalar):
+    """b1 m + (1 - b1) g."""
+    return m * tl.load(scalar) + g * tl.load(scalar + 1)
+
+
+@triton.jit
+def second_moment(v, g, scalar):
+    """b2 v + (1 - b2) (g g)."""
+    return v * tl.load(scalar + 2) + (g * g) * tl.load(scalar + 3)
+
+
+@triton.jit
+def update_of(m, root, scalar):
+    """The update by the new m and the square root of the new v, without weight decay."""
+    return tl.div_rn(m * tl.load(scalar + 4), root * tl.load(scalar + 5) + tl.load(scalar + 6))
+
+
+@triton.jit
+def decayed(u, p, scalar):
+    """The intended update of p."""
+    decay = tl.load(scalar + 7)
+    # Without decay, a parameter that is not finite leaves the update alone.
+    return tl.where(decay != 0, u - p * decay, u)
 
 
 @triton.jit
