@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import collage
+from collage import Tiled, TiledTensor
 from collage.kernels import eager, fused
 from collage.kernels.contract import MOMENTS, SUMS, Batch, Hyper, Inputs, Layout
-from comparing import STRATEGIES, bits
+from comparing import STRATEGIES, any_bits, any_rows, bits, values
 
 HYPER = Hyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 LOW = [torch.bfloat16, torch.float16]
@@ -37,6 +38,8 @@ CASES = [
     *((name, dtype) for name, dtype in itertools.product(STRATEGIES, LOW) if serves(name, dtype)),
     ("fp32", torch.float32),
 ]
+# Those that keep parameters in tiles.
+IN_TILES = [name for name in STRATEGIES if isinstance(collage.strategies()[name].param, Tiled)]
 # Those whose elements share entries of components.
 BLOCKED = [(name, dtype) for name, dtype in CASES if layout_of(name, dtype).block(dtype) > 1]
 
@@ -114,6 +117,60 @@ def make_batch(
     )
 
 
+def tile_layout(strategy: str, width: int, rows: int, columns: int) -> Layout:
+    """The storages of a strategy for parameters in tiles of so many rows and columns."""
+    record = collage.strategies()[strategy]
+    storages = [replace(record.param, rows=rows, columns=columns, width=width)]
+    for storage in (record.exp_avg, record.exp_avg_sq):
+        fit = {"columns": columns, "width": width} if isinstance(storage, Tiled) else {"block": columns}
+        storages.append(replace(storage, **fit))
+    return Layout(*storages)
+
+
+def tile_batch(layout: Layout, heights: Sequence[int], firsts=None, steps=None, device="cpu", anything=False) -> Batch:
+    """Parameters in tiles with so many rows: ordinary ones with fresh states, the last tile of a row of them zeros; or
+    with components of any patterns, the scales of every second one as of numbers near 1."""
+    form, dtype = layout.param, torch.bfloat16
+    assert isinstance(form, Tiled)
+    params, states = [], []
+    for i, height in enumerate(heights):
+        shape = torch.Size((height, form.width))
+        param = TiledTensor.of(values(shape, i) * (torch.arange(form.width) < form.width - form.columns), form)
+        state = {name: torch.zeros(c.shape(shape), dtype=c.dtype) for name, c in layout.components(dtype).items()}
+        for role in MOMENTS:
+            getattr(layout, role).clear(layout.parts(role, param, state))
+        if anything:
+            fill_(param.parts, i)
+            for role in MOMENTS:
+                fill_(layout.parts(role, param, state), i + 500)
+        params.append(param.to(device))
+        states.append({name: value.to(device) for name, value in state.items()})
+    return Batch(
+        layout=layout,
+        arithmetic="fp32",
+        seed=2**63 + 5,
+        params=params,
+        states=states,
+        steps=torch.tensor(steps or [0.0] * len(heights), device=device),
+        ordinals=list(range(3, 3 + len(heights))),
+        firsts=firsts or [0] * len(heights),
+    )
+
+
+def fill_(parts: Sequence[Tensor], seed: int) -> None:
+    """Any patterns in a role's components; the scales, which are last, tame where the seed is odd."""
+    for number, part in enumerate(parts):
+        shape, key = tuple(part.shape), 77 * seed + number
+        if part.dtype == torch.float32:
+            part.copy_(any_rows(shape, key, torch.float32))
+            part.copy_(part.abs().clamp(2.0**-94) if seed % 2 else part)
+        else:
+            kind = torch.uint8 if part.dtype == torch.float8_e4m3fn else part.dtype
+            part.view(kind).copy_(any_bits(shape, key, kind))
+    if parts[-1].dtype == torch.uint8 and seed % 2:
+        parts[-1].remainder_(40).add_(110)
+
+
 def copy_of(batch: Batch) -> Batch:
     """The same values in other tensors, nothing kept."""
     states = [{name: value.clone() for name, value in state.items()} for state in batch.states]
@@ -122,6 +179,8 @@ def copy_of(batch: Batch) -> Batch:
 
 
 def gradients(batch: Batch, dtype: torch.dtype, seed: int, fill=normal) -> list[Tensor]:
+    if batch.layout.param.borne and fill is not normal:
+        return [any_rows(tuple(p.shape), 100 * seed + i, dtype).to(p.device) for i, p in enumerate(batch.params)]
     grads = [fill(p.numel(), dtype, 7000 + 100 * seed + i) for i, p in enumerate(batch.params)]
     block = batch.layout.block(batch.params[0].dtype) if batch.params else 1
     if fill is not normal and block > 1:
@@ -129,11 +188,18 @@ def gradients(batch: Batch, dtype: torch.dtype, seed: int, fill=normal) -> list[
     return [grad.to(p.device) for grad, p in zip(grads, batch.params, strict=True)]
 
 
+def components(param: Tensor) -> Sequence[Tensor]:
+    """The tensors of which a parameter consists."""
+    return param.parts if isinstance(param, TiledTensor) else [param]
+
+
 def assert_same(one: Batch, other: Batch) -> None:
     """The same bits in parameters, states and steps, every nan taken as one."""
     assert torch.equal(one.steps, other.steps)
     for i, (first, second) in enumerate(zip(one.params, other.params, strict=True)):
-        assert torch.equal(bits(first), bits(second)), f"parameter {i}"
+        pairs = enumerate(zip(components(first), components(second), strict=True))
+        wrong = [number for number, (a, b) in pairs if not torch.equal(bits(a), bits(b))]
+        assert not wrong, f"components {wrong} of parameter {i}"
     for i, (first, second) in enumerate(zip(one.states, other.states, strict=True)):
         wrong = [name for name in first if not torch.equal(bits(first[name]), bits(second[name]))]
         assert not wrong, f"{wrong} of parameter {i}"

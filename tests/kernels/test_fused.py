@@ -7,19 +7,20 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from fused_batches import CASES, layout_of
+from fused_batches import CASES, IN_TILES, layout_of, tile_layout
 
 import collage
 from collage.kernels import fused
 from collage.kernels.contract import DRAWS, SUMS, Layout
 from collage.kernels.fused import tables
 from collage.kernels.fused.forms import FORMS, all_stored
-from collage.numerics import FP16, FP32
-from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded
+from collage.numerics import E4M3FN, E5M2, FP16, FP32
+from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Tiled
 
 ROUNDED = Rounded()
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -46,6 +47,41 @@ def test_every_strategy_is_served(strategy: str, dtype: torch.dtype) -> None:
     assert small is None or fused.serves(small.layout(dtype), dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 128, 256])
+@pytest.mark.parametrize("strategy", IN_TILES)
+def test_every_strategy_in_tiles_is_served(strategy: str, rows: int) -> None:
+    layout = tile_layout(strategy, 4 * 122, rows, 122)
+    assert fused.serves(layout, torch.bfloat16)
+    assert not fused.serves(layout, torch.float16)
+
+
+TILES = Tiled(Rounded(E4M3FN), width=256)
+ROWS = Tiled(Rounded(E4M3FN), rows=1, width=256)
+CODES = (Blockwise("softsign"), Blockwise("root4"))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(replace(TILES, columns=256), *CODES),
+        Layout(replace(TILES, columns=64), *CODES),
+        Layout(replace(TILES, columns=64), ROWS, ROWS),
+        Layout(replace(TILES, root=True), *CODES),
+        Layout(TILES, replace(ROWS, root=True), ROWS),
+        Layout(TILES, replace(ROWS, rows=2), ROWS),
+        Layout(TILES, replace(ROWS, of=Remainder(8, E4M3FN)), ROWS),
+        Layout(replace(TILES, of=Rounded(E5M2)), *CODES),
+        Layout(replace(TILES, of=Remainder(4, E4M3FN)), *CODES),
+        Layout(replace(TILES, of=Expansion(2, E4M3FN)), *CODES),
+        Layout(replace(TILES, of=Expansion(4, E4M3FN, scaled=True)), *CODES),
+        Layout(ROUNDED, ROWS, ROWS),
+    ],
+)
+def test_tiles_that_the_kernels_do_not_cover_are_not_served(layout: Layout) -> None:
+    assert fused.serves(Layout(TILES, *CODES), torch.bfloat16)
+    assert not fused.serves(layout, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [
@@ -68,21 +104,27 @@ def test_what_the_kernels_do_not_cover_is_not_served(layout: Layout, dtype: torc
 
 
 def test_a_storage_is_described_by_its_components() -> None:
-    fp32 = ("rounded", "fp32", "", False, 0)
+    plain = ("", 0, False)
+    fp32 = ("rounded", "fp32", "", False, 0, *plain)
     assert all_stored(layout_of("mixed", torch.float16), torch.float16) == (
-        ("master", "fp16", "fp32", False, 0),
+        ("master", "fp16", "fp32", False, 0, *plain),
         fp32,
         fp32,
     )
     assert all_stored(layout_of("compact-4bit", torch.bfloat16, 96), torch.bfloat16) == (
-        ("remainder", "bf16", "nibbles", True, 4),
-        ("softsign", "int8", "scale", True, 96),
-        ("root4", "uint8", "scale", True, 96),
+        ("remainder", "bf16", "nibbles", True, 4, *plain),
+        ("softsign", "int8", "scale", True, 96, *plain),
+        ("root4", "uint8", "scale", True, 96, *plain),
     )
     assert all_stored(layout_of("fp16", torch.float16), torch.float16) == (
-        ("expansion", "fp16", "scaled fp16", True, 0),
-        ("rounded", "bf16", "", False, 0),
-        ("expansion", "bf16", "bf16", True, 0),
+        ("expansion", "fp16", "scaled fp16", True, 0, *plain),
+        ("rounded", "bf16", "", False, 0, *plain),
+        ("expansion", "bf16", "bf16", True, 0, *plain),
+    )
+    assert all_stored(tile_layout("fp8-3", 96, 64, 48), torch.bfloat16) == (
+        ("expansion", "e4m3fn", "scaled e4m3fn", False, 0, "twice scaled e4m3fn", 64, False),
+        ("expansion", "e4m3fn", "scaled e4m3fn", False, 0, "", 1, False),
+        ("expansion", "e4m3fn", "scaled e4m3fn", False, 0, "twice scaled e4m3fn", 1, True),
     )
     assert set(FORMS) == {Rounded, Expansion, Kahan, Master, Remainder, Blockwise}
 
@@ -93,7 +135,7 @@ def test_the_kernels_know_the_contracts_records() -> None:
     assert len(SUMS) == 8
     assert SUMS[:3] == ("moved_dot_update", "moved_hi_dot_update", "update_dot_update")
     assert SUMS[3:] == ("updates", "lost", "lost_hi", "decays", "lost_decays")
-    assert (tables.SCALARS, tables.POWERS, tables.ADDRESSES) == (9, 5, 7)
+    assert (tables.SCALARS, tables.POWERS, tables.ADDRESSES, tables.TILE_ADDRESSES) == (9, 5, 7, 13)
 
 
 def test_importing_collage_and_asking_for_the_backend_loads_no_triton() -> None:

@@ -15,18 +15,30 @@ from typing import Any
 
 import pytest
 import torch
-from fused_batches import BLOCKED, CASES, HYPER, gradients, layout_of, make_batch, normal
+from fused_batches import (
+    BLOCKED,
+    CASES,
+    HYPER,
+    IN_TILES,
+    gradients,
+    layout_of,
+    make_batch,
+    normal,
+    tile_batch,
+    tile_layout,
+)
 
+from collage import Tiled, TiledTensor
 from collage.kernels import fused
 from collage.kernels.contract import Hyper, Inputs
-from collage.kernels.fused.forms import all_stored
+from collage.kernels.fused.forms import all_stored, read_stored
 from comparing import STRATEGIES
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
-from collage.kernels.fused import advance, launching, null, update  # noqa: E402, they import triton
+from collage.kernels.fused import advance, launching, null, tiles, update  # noqa: E402, they import triton
 
 
 class Driver:
@@ -60,7 +72,14 @@ class Driver:
         return lambda *args: self.launched.append(metadata.name)
 
 
-KERNELS = (advance.advance_kernel, update.step_kernel, update.sums_kernel, null.null_kernel)
+KERNELS = (
+    advance.advance_kernel,
+    update.step_kernel,
+    update.sums_kernel,
+    null.null_kernel,
+    tiles.tile_kernel,
+    tiles.read_kernel,
+)
 
 
 @pytest.fixture
@@ -100,6 +119,8 @@ def operations(kernel: Any) -> str:
     return kernel.asm["ptx"].split(".section")[0]
 
 
+# Operations that round otherwise than they are written.
+WRONG = r"\b(?:fma|mad)\.\S*f(?:32|64)|div\.full|\bapprox\b|\.approx|\.ftz"
 BYTES = {"bf16": 2, "fp16": 2, "scaled fp16": 2, "fp32": 4, "int16": 2, "int8": 1, "uint8": 1, "nibbles": 0.5}
 
 
@@ -133,8 +154,7 @@ def test_every_strategy_rounds_as_written_in_16_byte_accesses_and_registers(
     advance, step = stepped(driver, strategy, dtype, grad)
     for kernel in (advance, step):
         assert not kernel.metadata.enable_fp_fusion
-        wrong = re.findall(r"\b(?:fma|mad)\.\S*f(?:32|64)|div\.full|\bapprox\b|\.approx|\.ftz", operations(kernel))
-        assert not wrong
+        assert not re.findall(WRONG, operations(kernel))
     assert {"div.rn.f64", "sqrt.rn.f64", "mul.rn.f64"} <= set(re.findall(r"[\w.]+", operations(advance)))
     text = operations(step)
     # Two paths: whole tiles, and one element per thread.
@@ -196,6 +216,82 @@ def test_rows_of_any_length_spill_a_pointer_at_most_and_those_of_16_bytes_are_re
     assert used["STACK"] <= 8
     assert used["LOCAL"] == 0
     print(f"blocks of {block}: {used['REG']} registers")
+
+
+# 8-bit numbers and codes of an element: those of the parameter, and all.
+NUMBERS = {"fp8": (2, 4), "fp8-native": (2, 4), "fp8-3": (3, 8), "naive-fp8": (1, 3)}
+
+
+def stepped_tiles(driver: Driver, strategy: str, grad: torch.dtype, audit: bool = False, columns: int = 128) -> Any:
+    """The kernel that steps parameters in tiles of 128 rows, and their batch."""
+    batch = tile_batch(tile_layout(strategy, 2 * columns, 128, columns), [200])
+    fused.step(batch, Inputs(HYPER, gradients(batch, grad, 0), audit=audit))
+    (kernel,) = (each for each in driver.compiled if each.metadata.name == "tile_kernel")
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("driver", "strategy"),
+    [(80, "fp8"), (80, "naive-fp8"), *((90, name) for name in IN_TILES)],
+    indirect=["driver"],
+)
+def test_tiles_round_as_written_in_accesses_of_8_elements_and_registers(
+    driver: Driver, strategy: str, tmp_path: Path
+) -> None:
+    kernel = stepped_tiles(driver, strategy, torch.bfloat16)
+    assert not kernel.metadata.enable_fp_fusion
+    text = operations(kernel)
+    assert not re.findall(WRONG, text)
+    # Each element's update is computed twice. A softsign code takes a division when it is read and one when it is made;
+    # a root4 code a root, and each of their scales two roots and a division.
+    codes = strategy == "fp8"
+    assert text.count("div.rn.f32") == 2 * 8 + (3 * 8 + 1 if codes else 0)
+    assert text.count("sqrt.rn.f32") == 2 * 8 + (8 + 2 if codes else 0)
+    assert accesses(text, "ld") == [2, 2 * NUMBERS[strategy][1]]
+    assert accesses(text, "st") == [0, NUMBERS[strategy][1]]
+    # Conversions between layouts: of scales alone, which the threads of a row share.
+    assert set(re.findall(r"ttg.convert_layout.* : tensor<(\w+)x\w+, .*->", kernel.asm["ttgir"])) == {"16x1"}
+    used = resources(kernel, tmp_path)
+    assert used["LOCAL"] == used["STACK"] == 0, "registers spill"
+    assert used["REG"] <= 128
+    print(f"{strategy} sm{driver.target.arch}: {used['REG']} registers")
+
+
+@pytest.mark.parametrize(("audit", "columns"), [(True, 128), (False, 122)])
+def test_audited_and_unaligned_tiles_spill_nothing(driver: Driver, audit: bool, columns: int, tmp_path: Path) -> None:
+    kernel = stepped_tiles(driver, "fp8", torch.float32, audit, columns)
+    assert not re.findall(WRONG, operations(kernel))
+    used = resources(kernel, tmp_path)
+    assert used["LOCAL"] == used["STACK"] == 0
+    print(f"{used['REG']} registers")
+
+
+@pytest.mark.parametrize("driver", [80, 90], indirect=True, ids="sm{}".format)
+@pytest.mark.parametrize(("strategy", "forward"), [("fp8", "value"), ("fp8", "hi"), ("fp8-3", "value")])
+def test_a_model_reads_tiles_in_accesses_of_8_elements(
+    driver: Driver, strategy: str, forward: str, tmp_path: Path
+) -> None:
+    form = tile_layout(strategy, 256, 128, 128).param
+    assert isinstance(form, Tiled)
+    stored = read_stored(form, forward)
+    assert stored is not None
+    launching.read(TiledTensor.of(torch.ones(200, 256), form, forward), stored)
+    (kernel,) = driver.compiled
+    text = operations(kernel)
+    assert not re.findall(WRONG, text)
+    assert accesses(text, "ld") == [0, 1 if forward == "hi" else NUMBERS[strategy][0]]
+    assert accesses(text, "st") == [1, 0]
+    assert "convert_layout" not in kernel.asm["ttgir"]
+    used = resources(kernel, tmp_path)
+    assert used["LOCAL"] == used["STACK"] == 0
+
+
+def test_other_parameters_in_tiles_compile_nothing_new(driver: Driver) -> None:
+    for heights, rows, width in [([200], 128, 256), ([128, 5], 128, 512), ([1], 128, 1024)]:
+        layout = tile_layout("naive-fp8", width, rows, 128)
+        batch = tile_batch(layout, heights, steps=[3.0] * len(heights))
+        fused.step(batch, Inputs(HYPER, gradients(batch, torch.bfloat16, 0)))
+        assert len(driver.compiled) == 2
 
 
 def test_a_null_step_is_not_optimised_away(driver: Driver, tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from collage.storage import Tiled, TiledTensor
 
 # Elements of a tile: with 4 warps, 8 per thread, which is one access of 16 bytes to a 16-bit component.
 TILE = 1024
-# Rows of a tile of a parameter in tiles that a program takes at a time.
+# Rows of a parameter in tiles that a program takes at a time.
 SLAB_ROWS = 16
+# How many times fewer they are where rows do not begin at multiples of 16 bytes.
+NARROWER = 4
 # Tensors that one program advances, and lines of partial sums that one adds up at a time.
 ROWS = 128
 # Bytes of a block of the null step.
@@ -84,7 +86,10 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
 def _step_tiles(batch: Batch, tables: Tables, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
     form = batch.layout.param
     assert isinstance(form, Tiled)
-    size = min(_columns(tables.rows), SLAB_ROWS) * constants["COLUMNS"]
+    wide = tables.aligned and _wide_rows(form)
+    # Elements one by one take more registers.
+    rows = SLAB_ROWS if wide else SLAB_ROWS // NARROWER
+    size = min(_columns(tables.rows), rows) * constants["COLUMNS"]
     launch(
         tile_kernel,
         tables.tiles,
@@ -93,8 +98,8 @@ def _step_tiles(batch: Batch, tables: Tables, args: tuple[Any, ...], constants: 
         form.width,
         SIZE=size,
         ROWS=tables.rows,
-        WIDE=tables.aligned and _wide_rows(form),
-        num_warps=max(1, size // (8 * WARP)),
+        WIDE=wide,
+        num_warps=_slab_warps(size if wide else size * NARROWER),
         **constants,
     )
 
@@ -123,8 +128,14 @@ def read(tensor: TiledTensor, stored: Stored) -> Tensor:
                 ENTRY=form.columns,
                 COLUMNS=columns,
                 WIDE=_wide_rows(form) and not any(address % 16 for address in (*numbers, out.data_ptr())),
+                num_warps=_slab_warps(SLAB_ROWS * columns),
             )
     return out
+
+
+def _slab_warps(size: int) -> int:
+    """They give a thread 8 elements: 8 bytes of each component and 16 of bfloat16, which threads need not exchange."""
+    return max(1, size // (8 * WARP))
 
 
 def _wide_rows(form: Tiled) -> bool:

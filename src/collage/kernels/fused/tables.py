@@ -74,6 +74,7 @@ class Tables:
         self.uploads = 0
         self._known: list[int] = []
         self.aligned = True
+        self._judged: list[int] = []
         columns = TILE_ADDRESSES if self._tiled else ADDRESSES
         self._addresses = torch.zeros(count, columns, dtype=torch.int64, device=self.device)
         self._reserve: Tensor | None = None
@@ -89,8 +90,8 @@ class Tables:
             else:
                 found.append(param.data_ptr())
             found.extend(state[name].data_ptr() if name else 0 for name in self._names)
-        if self._tiled and found != self._known:
-            self.aligned = not any(address % 16 for address in self._unscaled(found))
+        if self._tiled and found != self._judged:
+            self._judged, self.aligned = found, not any(address % 16 for address in self._unscaled(found))
         if self._capturing():
             return self._addresses_of_a_graph(found)
         if self._reserve is None:
@@ -102,13 +103,10 @@ class Tables:
         return self._addresses
 
     def _unscaled(self, found: list[int]) -> Iterator[int]:
-        """The addresses that wide accesses begin at."""
-        for row in range(0, len(found), TILE_ADDRESSES):
-            for column, address in enumerate(found[row : row + TILE_ADDRESSES]):
-                role, place = (column - 1) // 4, (column - 1) % 4
-                # Of scales there is one for a row at most.
-                if place < 3 and not (place == 1 and role >= 0 and self.stored[role].second == "scale"):
-                    yield address
+        """The addresses of all but the scales, of which a row has one at most."""
+        scales = {4 * (role + 1) for role in range(3)}
+        scales |= {4 * role + 2 for role in range(3) if self.stored[role].second == "scale"}
+        return (address for place, address in enumerate(found) if place % TILE_ADDRESSES not in scales)
 
     def partials(self) -> Tensor:
         """Room for each tile's row of sums: float64 [tiles, len(SUMS)]."""
