@@ -20,7 +20,8 @@ from collage.kernels.contract import DRAWS, SUMS, Layout
 from collage.kernels.fused import tables
 from collage.kernels.fused.forms import FORMS, all_stored
 from collage.numerics import E4M3FN, E5M2, FP16, FP32
-from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Tiled
+from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Tiled, TiledTensor
+from collage.storage.tensor import READERS
 
 ROUNDED = Rounded()
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -136,6 +137,13 @@ def test_the_kernels_know_the_contracts_records() -> None:
     assert SUMS[:3] == ("moved_dot_update", "moved_hi_dot_update", "update_dot_update")
     assert SUMS[3:] == ("updates", "lost", "lost_hi", "decays", "lost_decays")
     assert (tables.SCALARS, tables.POWERS, tables.ADDRESSES, tables.TILE_ADDRESSES) == (9, 5, 7, 13)
+
+
+def test_gpus_read_parameters_in_tiles_by_these_kernels_where_they_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert READERS["cuda"] is fused.read
+    tensor = TiledTensor.of(torch.ones(128, 128), Tiled(Rounded(E4M3FN), width=128))
+    monkeypatch.setattr(fused, "_can_run", lambda: False)
+    assert fused.read(tensor) is None
 
 
 def test_importing_collage_and_asking_for_the_backend_loads_no_triton() -> None:

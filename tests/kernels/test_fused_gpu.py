@@ -11,6 +11,7 @@ from fused_batches import (
     BLOCKED,
     CASES,
     HYPER,
+    IN_TILES,
     LOW,
     assert_same,
     copy_of,
@@ -19,17 +20,27 @@ from fused_batches import (
     make_batch,
     normal,
     step_both,
+    tile_batch,
+    tile_layout,
     wild,
 )
 
+import collage
+from collage import Tiled, TiledTensor
 from collage.kernels import eager, fused
 from collage.kernels.contract import Inputs
+from collage.storage.tensor import read
+from comparing import any_bits, bits, snapshot, values
+from comparing import assert_same as assert_same_optimizers
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch finds none here"),
     pytest.mark.skipif(bool(fused.unavailable()), reason=f"the Triton step cannot run: {fused.unavailable()}"),
 ]
 SIZES = [1, 7, 0, 1023, 1024, 1025, 4099, 300_000]
+# Of parameters in tiles: width, rows and columns of a tile; and numbers of rows of three tensors.
+TILES = [(768, 128, 128), (768, 1, 128), (512, 32, 64), (366, 128, 122), (300, 8, 100)]
+HEIGHTS = [300, 128, 7]
 
 
 @pytest.fixture
@@ -135,6 +146,100 @@ def test_a_replayed_graph_steps_as_the_steps_would(strategy: str) -> None:
         if step == 1:
             # A step between replays, with addresses of its own.
             step_both(batch, other, Inputs(HYPER, gradients(batch, torch.bfloat16, 77)))
+
+
+@pytest.mark.parametrize("anything", [False, True])
+@pytest.mark.parametrize(("width", "rows", "columns"), TILES)
+@pytest.mark.parametrize("strategy", IN_TILES)
+def test_parameters_in_tiles_step_as_the_eager_ones(
+    strategy: str, width: int, rows: int, columns: int, anything: bool
+) -> None:
+    layout = tile_layout(strategy, width, rows, columns)
+    batch = tile_batch(layout, HEIGHTS, steps=[0.0, 5.0, 1e5], device="cuda", anything=anything)
+    other = copy_of(batch)
+    fill = wild if anything else normal
+    for step, kind in enumerate([torch.bfloat16, torch.float32, torch.bfloat16]):
+        hyper = replace(HYPER, maximize=step == 1)
+        step_both(batch, other, Inputs(hyper, gradients(batch, kind, step, fill), audit=step > 0))
+
+
+@pytest.mark.parametrize("strategy", IN_TILES)
+def test_tiles_on_the_gpu_are_those_on_the_cpu(strategy: str) -> None:
+    layout = tile_layout(strategy, 384, 128, 128)
+    batch, other = tile_batch(layout, HEIGHTS), tile_batch(layout, HEIGHTS, device="cuda")
+    for step in range(2):
+        eager.step(batch, Inputs(HYPER, gradients(batch, torch.bfloat16, step)))
+        fused.step(other, Inputs(HYPER, gradients(other, torch.bfloat16, step)))
+    params = [param.cpu() for param in other.params]
+    states = [{name: value.cpu() for name, value in state.items()} for state in other.states]
+    assert_same(batch, replace(other, params=params, states=states, steps=other.steps.cpu()))
+
+
+@pytest.mark.parametrize("strategy", IN_TILES)
+def test_a_step_of_tiles_waits_for_nothing_and_allocates_nothing_while_addresses_stay(
+    strategy: str, synchronisation_is_an_error: Callable[[], None]
+) -> None:
+    batch = tile_batch(tile_layout(strategy, 768, 128, 128), HEIGHTS, device="cuda")
+    inputs = Inputs(HYPER, gradients(batch, torch.bfloat16, 0))
+    fused.step(batch, inputs)
+    others = Inputs(HYPER, gradients(batch, torch.bfloat16, 1))
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    synchronisation_is_an_error()
+    for _ in range(3):
+        fused.step(batch, inputs)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    fused.step(batch, others)
+
+
+@pytest.mark.parametrize("strategy", IN_TILES)
+def test_a_replayed_graph_steps_tiles_as_the_steps_would(strategy: str) -> None:
+    batch = tile_batch(tile_layout(strategy, 768, 128, 128), HEIGHTS, device="cuda")
+    other = copy_of(batch)
+    grads = gradients(batch, torch.bfloat16, 0)
+    step_both(batch, other, Inputs(HYPER, gradients(batch, torch.bfloat16, 9)))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fused.step(other, Inputs(HYPER, grads))
+    for step in range(3):
+        for grad, value in zip(grads, gradients(batch, torch.bfloat16, step), strict=True):
+            grad.copy_(value)
+        eager.step(batch, Inputs(HYPER, grads))
+        graph.replay()
+        assert_same(batch, other)
+
+
+@pytest.mark.parametrize("forward", ["value", "hi"])
+@pytest.mark.parametrize(("width", "rows", "columns"), TILES)
+@pytest.mark.parametrize("strategy", IN_TILES)
+def test_a_model_reads_tiles_as_defined(strategy: str, width: int, rows: int, columns: int, forward: str) -> None:
+    form = tile_layout(strategy, width, rows, columns).param
+    assert isinstance(form, Tiled)
+    parts = TiledTensor.of(torch.zeros(300, width), form).parts
+    for part in parts:
+        part.view(torch.uint8).copy_(any_bits(tuple(part.shape), part.numel(), torch.uint8))
+    tensor = TiledTensor([part.cuda() for part in parts], form, forward)
+    found = fused.read(tensor)
+    assert found is not None
+    assert torch.equal(bits(found), bits(read(form, tensor.parts, forward)))
+    assert torch.equal(bits(tensor.dequantize()).cpu(), bits(read(form, parts, forward)))
+
+
+@pytest.mark.parametrize("strategy", IN_TILES)
+def test_an_optimizer_takes_these_kernels_for_a_model_in_tiles(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for backend in ("eager", None):
+        torch.manual_seed(0)
+        model = collage.to_fp8_(torch.nn.Linear(256, 192, bias=False), strategy).cuda()
+        optimizer = collage.AdamW(model.parameters(), lr=1e-3, strategy=strategy, backend=backend)
+        for step in range(3):
+            model.weight.grad = values((192, 256), step).cuda()
+            optimizer.step()
+            # The first step is looked at beside the eager one; after it that must not be called.
+            if backend is None:
+                monkeypatch.setattr(eager, "_fp32", None)
+        found.append([(name, kind, value.cpu()) for name, kind, value in snapshot(optimizer)])
+    assert_same_optimizers(*found)
 
 
 def test_a_null_step_changes_nothing() -> None:
