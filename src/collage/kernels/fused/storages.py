@@ -73,11 +73,12 @@ def expansion3(x, draw, STORED: tl.constexpr):
     """The same of three numbers."""
     FORMAT: tl.constexpr = STORED[1]
     SECOND: tl.constexpr = STORED[2]
+    STOCHASTIC: tl.constexpr = STORED[3]
     THIRD: tl.constexpr = STORED[5]
     hi = nearest_number(x, FORMAT)
     rest = residual(x, hi)
     lo = low_part(rest, draw, FORMAT, SECOND, False)
-    total = (low_part(residual(rest, lo), draw, FORMAT, THIRD, STORED[3]) + lo) + hi
+    total = (low_part(residual(rest, lo), draw, FORMAT, THIRD, STOCHASTIC) + lo) + hi
     hi = nearest_number(total, FORMAT)
     rest = residual(total, hi)
     lo = low_part(rest, draw, FORMAT, SECOND, False)
@@ -275,12 +276,14 @@ def value_of(parts, STORED: tl.constexpr):
 @triton.jit
 def number_of(parts, STORED: tl.constexpr):
     """``Storage.load``; in tiles the quotient."""
+    FORMAT: tl.constexpr = STORED[1]
+    WIDTH: tl.constexpr = STORED[4]
     if STORED[0] == "rounded":
         return parts[0]
     elif STORED[0] == "master":
         return parts[1]
     elif STORED[0] == "remainder":
-        return join_remainder(parts[0], parts[1], STORED[1], STORED[4])
+        return join_remainder(parts[0], parts[1], FORMAT, WIDTH)
     elif STORED[2] == "scale":
         return decoded(parts[0], parts[1], STORED)
     elif STORED[5] != "":
@@ -314,6 +317,7 @@ def numbers_of(total, update, parts, draw, STORED: tl.constexpr):
     """The new components; in tiles of the quotient ``total``, without the exponent."""
     FORMAT: tl.constexpr = STORED[1]
     STOCHASTIC: tl.constexpr = STORED[3]
+    WIDTH: tl.constexpr = STORED[4]
     if STORED[0] == "rounded":
         new = or_nan(total, rounded_number(total, draw, FORMAT, STOCHASTIC), FORMAT)
         return new, new
@@ -322,7 +326,7 @@ def numbers_of(total, update, parts, draw, STORED: tl.constexpr):
     elif STORED[0] == "kahan":
         return kahan(update, parts[0], parts[1], FORMAT)
     elif STORED[0] == "remainder":
-        return split_remainder(total, draw, FORMAT, STORED[4], STOCHASTIC)
+        return split_remainder(total, draw, FORMAT, WIDTH, STOCHASTIC)
     elif STORED[2] == "scale":
         scale, finite = scale_of(total, STORED)
         return codes_of(total, scale, finite, draw, STORED), scale
