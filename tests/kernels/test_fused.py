@@ -29,16 +29,24 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @needs_triton
 @pytest.mark.timeout(960)
-def test_interpreted_kernels_are_bit_equal_to_the_eager_step() -> None:
-    """Runs ``fused_values.py`` in a process of its own: see there."""
-    file = Path(__file__).parent / "fused_values.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+@pytest.mark.parametrize(
+    ("name", "options", "least"),
+    [
+        ("fused_values.py", ["-k", "combination"], 80),
+        ("fused_values.py", ["-k", "not combination"], 140),
+        ("fused_tile_values.py", [], 30),
+    ],
+)
+def test_interpreted_kernels_are_bit_equal_to_the_eager_step(name: str, options: list[str], least: int) -> None:
+    """Runs the file in a process of its own: see there. In parts, which may run beside each other."""
+    file = Path(__file__).parent / name
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=file.parents[2], timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"^(\d+) passed in", done.stdout, re.MULTILINE)
+    passed = re.search(r"^(\d+) passed(, \d+ deselected)? in", done.stdout, re.MULTILINE)
     assert passed is not None, done.stdout[-2000:]
-    assert int(passed[1]) > 100
+    assert int(passed[1]) > least
 
 
 @pytest.mark.parametrize(("strategy", "dtype"), CASES)
