@@ -32,7 +32,7 @@ from torch import Tensor
 import collage
 from collage.kernels import eager, fused
 from collage.kernels.contract import Inputs, Layout
-from collage.kernels.fused import elements, launching, storages
+from collage.kernels.fused import elements, integers, launching, storages
 from collage.kernels.fused.forms import stored
 from collage.numerics import (
     BF16,
@@ -406,8 +406,8 @@ def numbers_and_draws() -> tuple[Tensor, Tensor]:
 def remainder_kernel(values, draws, hi, lo, back, FORMAT: tl.constexpr, EXTRA: tl.constexpr, STOCHASTIC: tl.constexpr,
                      SIZE: tl.constexpr):  # fmt: skip
     at = tl.arange(0, SIZE)
-    new_hi, new_lo = storages.split_remainder(tl.load(values + at), tl.load(draws + at), FORMAT, EXTRA, STOCHASTIC)
-    joined = storages.join_remainder(tl.load(hi + at).to(tl.int32), tl.load(lo + at), FORMAT, EXTRA)
+    new_hi, new_lo = integers.split_remainder(tl.load(values + at), tl.load(draws + at), FORMAT, EXTRA, STOCHASTIC)
+    joined = integers.join_remainder(tl.load(hi + at).to(tl.int32), tl.load(lo + at), FORMAT, EXTRA)
     tl.store(hi + at, new_hi.to(hi.dtype.element_ty))
     tl.store(lo + at, new_lo)
     tl.store(back + at, joined)
@@ -446,8 +446,8 @@ def codes_kernel(values, draws, codes, scales, back, STORED: tl.constexpr, ROWS:
     rows = tl.arange(0, ROWS)[:, None]
     at = rows * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     x = tl.load(values + at)
-    scale, finite = storages.scale_of(x, STORED)
-    new = storages.codes_of(x, scale, finite, tl.load(draws + at), STORED)
+    scale, finite = integers.scale_of(x, STORED)
+    new = integers.codes_of(x, scale, finite, tl.load(draws + at), STORED)
     tl.store(back + at, storages.value_of((tl.load(codes + at).to(tl.int32), tl.load(scales + rows)), STORED))
     tl.store(codes + at, new)
     tl.store(scales + rows, scale)

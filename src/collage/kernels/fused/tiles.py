@@ -16,8 +16,9 @@ import triton.language as tl
 from collage.kernels.fused import tables
 from collage.kernels.fused.advance import POWERS, SCALARS
 from collage.kernels.fused.elements import nearest
+from collage.kernels.fused.integers import square_root
 from collage.kernels.fused.memory import load, load_parts, row_mask, store
-from collage.kernels.fused.storages import exponent_of, finite_size, square_root, value_of
+from collage.kernels.fused.storages import exponent_of, finite_size, value_of
 from collage.kernels.fused.update import (
     SUMS,
     decayed,

@@ -15,8 +15,9 @@ from collage.kernels import contract
 from collage.kernels.fused import tables
 from collage.kernels.fused.advance import POWERS, SCALARS
 from collage.kernels.fused.elements import random_word
+from collage.kernels.fused.integers import square_root
 from collage.kernels.fused.memory import alignment, load, load_parts, mask_of, offsets_of, store_parts
-from collage.kernels.fused.storages import exact, moved, parts_of, seen, square_root, value_of
+from collage.kernels.fused.storages import exact, moved, parts_of, seen, value_of
 
 ADDRESSES = tl.constexpr(tables.ADDRESSES)
 SUMS = tl.constexpr(len(contract.SUMS))
