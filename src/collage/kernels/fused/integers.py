@@ -1,5 +1,5 @@
-"""Storages of integers, in Triton: remainders, transcribed from :mod:`collage.numerics.remainders`, and codes in blocks,
-from :mod:`collage.storage.blockwise`."""
+"""Storages of integers, in Triton: remainders, transcribed from :mod:`collage.numerics.remainders`, and codes in
+blocks, from :mod:`collage.storage.blockwise`."""
 
 # Triton's annotations are values, not types.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false
