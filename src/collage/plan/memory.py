@@ -175,8 +175,8 @@ class Needs:
     gathered: Gathered
     timeline: Timeline
     arrived: np.ndarray
+    read: np.ndarray
     scratch: int
-    read: int
     accumulates: bool
 
     def activations(self, micro_batch: int) -> int:
@@ -188,12 +188,12 @@ class Needs:
         """The peak of each phase."""
         line, held = self.timeline, self.stored
         alive = line.constant + line.per_sequence * micro_batch
+        alive = alive + self.read
         always = held.params + held.states
-        computing = always + self.read
         gradients = np.full_like(alive, held.gradients) if self.accumulates else self.arrived
         first = line.forward
-        forward = computing + self.gathered.forward + float((alive + gradients)[:first].max())
-        backward = computing + self.gathered.backward + float((alive + gradients)[first:].max())
+        forward = always + self.gathered.forward + float((alive + gradients)[:first].max())
+        backward = always + self.gathered.backward + float((alive + gradients)[first:].max())
         end = always + held.gradients + self.gathered.end
         step = always + held.gradients + self.scratch
         return {"forward": round(forward), "backward": round(max(backward, end)), "step": step}
@@ -269,9 +269,9 @@ class Planner:
         return Needs(
             stored=stored(strategy, subject.shapes, settings),
             gathered=gathered(subject, strategy, settings),
-            read=_read(strategy, subject.shapes, dtype),
             timeline=timeline,
             arrived=timeline.gradients(sizes),
+            read=timeline.values([_values(strategy, shape, dtype) for shape in whole.shapes]),
             scratch=_scratch(subject.shapes, dtype, settings),
             accumulates=settings.accumulates,
         )
@@ -287,9 +287,9 @@ class Planner:
             return Planned(strategy, reason=str(error))
 
 
-def _read(strategy: collage.Strategy, shapes: Iterable[torch.Size], dtype: torch.dtype) -> int:
-    """The largest weight that is in components at rest, as the values that the operation at work reads."""
-    return max((shape.numel() * dtype.itemsize for shape in shapes if _form(strategy, shape) is not None), default=0)
+def _values(strategy: collage.Strategy, shape: torch.Size, dtype: torch.dtype) -> int:
+    """The bytes that are made of a weight that is in components at rest, where an operation computes with it."""
+    return shape.numel() * dtype.itemsize if _form(strategy, shape) is not None else 0
 
 
 def _scratch(shapes: Iterable[torch.Size], dtype: torch.dtype, settings: Settings) -> int:

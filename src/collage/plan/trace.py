@@ -44,6 +44,7 @@ class Timeline:
     Attributes:
         constant, per_sequence: of every event, [events].
         forward: how many of the events are before the backward, the loss included.
+        reads: index of the parameter (of the traced model) that each event computes with, -1 for none, [events].
         arrived: how many gradients have arrived at each event, [events]: a place in ``order``.
         repeated: 1 where the gradients of the blocks that were not traced have arrived too, else 0, [events].
         order: index of the parameters (of the traced model) whose gradients arrive, first one first.
@@ -55,6 +56,7 @@ class Timeline:
     constant: np.ndarray
     per_sequence: np.ndarray
     forward: int
+    reads: np.ndarray
     arrived: np.ndarray
     repeated: np.ndarray
     order: tuple[int, ...]
@@ -72,12 +74,21 @@ class Timeline:
         block = self.missing_blocks * sum(by_place[place] for place in self.block_gradients)
         return np.concatenate([[0.0], np.cumsum(by_place)])[self.arrived] + block * self.repeated
 
+    def values(self, sizes: Sequence[int]) -> np.ndarray:
+        """Bytes of the parameters that each event computes with, [events].
+
+        Args:
+            sizes: bytes of the values of every parameter of the traced model.
+        """
+        return np.array([*sizes, 0], dtype=np.float64)[self.reads]
+
 
 @dataclass
 class _Trace:
     """One traced step of one micro-batch."""
 
     live: list[int]
+    reads: list[int]
     arrived: list[int]
     forward: int
     kept: int
@@ -93,6 +104,8 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.events: list[int] = []
+        self.reads: list[int] = []
+        self.weights: dict[int, int] = {}
         self.arrivals: list[int] = []
         self.order: list[int] = []
         self._alive: dict[int, Any] = {}
@@ -101,12 +114,22 @@ class _Recorder(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default:  # asked by autograd of every fake tensor
             return made
-        for each in [made] if isinstance(made, Tensor) else tree_leaves(made):
-            if isinstance(each, Tensor):
-                self._count(each.untyped_storage())
+        outputs = [each for each in tree_leaves(made) if isinstance(each, Tensor)]
+        for each in outputs:
+            self._count(each.untyped_storage())
+        self.reads.append(self._read(func, args, outputs))
         self.events.append(self.live)
         self.arrivals.append(len(self.order))
         return made
+
+    def _read(self, func: Any, args: Any, outputs: list[Tensor]) -> int:
+        """Index of the parameter that an operation computes with; -1 for none. A view computes nothing, an embedding
+        with some rows alone."""
+        if func is torch.ops.aten.embedding.default:
+            return -1
+        shown = {each.untyped_storage()._cdata for each in outputs}
+        keys = [each.untyped_storage()._cdata for each in tree_leaves(args) if isinstance(each, Tensor)]
+        return next((self.weights[key] for key in keys if key in self.weights and key not in shown), -1)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -214,6 +237,7 @@ def _trace(
     handles = [block.register_forward_pre_hook(enters) for block in subject.blocks(model)]
     for tensor in [*model.parameters(), *model.buffers()]:
         recorder.ignore(tensor)
+    recorder.weights = {p.untyped_storage()._cdata: index for index, p in enumerate(parameters)}
     for index, param in enumerate(parameters):
         if gradient != param.dtype:
             param.grad_dtype = gradient
@@ -229,7 +253,9 @@ def _trace(
         handle.remove()
     for param in parameters:
         param.grad = None
-    return _Trace(recorder.events, recorder.arrivals, first, kept, entered, entered_live, recorder.order)
+    return _Trace(
+        recorder.events, recorder.reads, recorder.arrivals, first, kept, entered, entered_live, recorder.order
+    )
 
 
 def _timeline(low: _Trace, high: _Trace, blocks: list[list[int]], missing: int) -> Timeline:
@@ -237,7 +263,11 @@ def _timeline(low: _Trace, high: _Trace, blocks: list[list[int]], missing: int) 
     forward = low.forward
     live = np.array([low.live, high.live], dtype=np.float64)
     kept = np.array([low.kept, high.kept], dtype=np.float64)
-    arrived, places = np.array(low.arrived), {index: place for place, index in enumerate(low.order)}
+    reads, arrived, places = (
+        np.array(low.reads),
+        np.array(low.arrived),
+        {index: place for place, index in enumerate(low.order)},
+    )
     repeated, block = np.zeros_like(arrived), ()
     if missing:
         # A block of those not traced adds what the second of the three does.
@@ -253,13 +283,14 @@ def _timeline(low: _Trace, high: _Trace, blocks: list[list[int]], missing: int) 
         upper = live[:, forward:end] + grown
         live = np.concatenate([live[:, :forward], upper, live[:, later:]], axis=1)
         repeated = np.concatenate([np.zeros(end, dtype=int), np.ones(len(arrived) - later, dtype=int)])
-        arrived = np.concatenate([arrived[:end], arrived[later:]])
+        reads, arrived = (np.concatenate([each[:end], each[later:]]) for each in (reads, arrived))
     step = MICRO_BATCHES[1] - MICRO_BATCHES[0]
     slope, kept_slope = (live[1] - live[0]) / step, float(kept[1] - kept[0]) / step
     return Timeline(
         constant=live[0] - MICRO_BATCHES[0] * slope,
         per_sequence=slope,
         forward=forward,
+        reads=reads,
         arrived=arrived,
         repeated=repeated,
         order=tuple(low.order),
