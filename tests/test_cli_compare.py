@@ -316,7 +316,7 @@ def test_ctrl_c_lets_the_runs_save_and_resuming_finishes_them(
     tmp_path: Path,
 ) -> None:
     text, out = write_text(tmp_path / "text"), tmp_path / "out"
-    arguments = ["--strategies", "plus", "--seeds", 2, "--steps", 300, "--data", text, "--jobs", 1, "--threads", 1]
+    arguments = ["--strategies", "plus", "--seeds", 2, "--steps", 120, "--data", text, "--jobs", 1, "--threads", 1]
     process = started("compare", *SMALL, *arguments, "--out", out)
     while not read_metrics(out / "plus-seed0" / "metrics.jsonl"):
         assert process.poll() is None, process.communicate()[0]
@@ -337,4 +337,4 @@ def test_ctrl_c_lets_the_runs_save_and_resuming_finishes_them(
     (row,) = read(out / "compare.json")["strategies"]
     assert row["runs"] == ["plus-seed0", "plus-seed1"]
     records = read_metrics(out / "plus-seed0" / "metrics.jsonl")
-    assert [record["step"] for record in records] == list(range(1, 301))
+    assert [record["step"] for record in records] == list(range(1, 121))
