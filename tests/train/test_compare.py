@@ -87,6 +87,14 @@ def test_resuming_where_nothing_is_starts(tmp_path: Path) -> None:
     assert make_plan({}, "plus", 1, tmp_path, resume=True).strategies == ("plus",)
 
 
+def test_settings_may_suit_the_strategies_that_are_named_alone(tmp_path: Path) -> None:
+    plan = make_plan({"forward": "hi"}, "fp8,fp8-native", 1, tmp_path, resume=False)
+    assert [run.config.strategy for run in plan.runs()] == ["fp8", "fp8-native"]
+    assert {run.config.forward for run in plan.runs()} == {"hi"}
+    with pytest.raises(UserError, match="with forward hi, got 'plus'"):
+        make_plan({"forward": "hi"}, "fp8,plus", 1, tmp_path, resume=False).runs()
+
+
 def test_a_resumed_plan_is_the_stored_one(tmp_path: Path) -> None:
     plan = make_plan({}, None, None, stored(tmp_path / "out"), resume=True)
     assert (plan.strategies, plan.seeds, plan.config) == (("plain", "mixed"), 2, CONFIG)

@@ -147,7 +147,9 @@ def make_plan(settings: dict[str, Any], strategies: str | None, seeds: int | Non
                 f"--out must be a folder without runs, got {out}, which holds some; pass --resume to go on with "
                 "its comparison, or choose another folder"
             )
-        config = TrainConfig.from_json(_with_defaults(settings))
+        # Settings may suit these strategies, and not the one that a run has unless told otherwise.
+        first = {"strategy": names[0]} if names else {}
+        config = TrainConfig.from_json({**_with_defaults(settings), **first})
         return Plan(STRATEGIES if names is None else names, SEEDS if seeds is None else seeds, config, out)
     earlier = stored.get("plan")
     if not isinstance(earlier, dict):
