@@ -51,6 +51,22 @@ def test_all_gradients_have_arrived_in_the_end() -> None:
     assert sorted(line.order) == list(range(len(sizes)))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_of_products_are_read_in_either_pass_and_an_embedding_in_none(checkpointing: bool) -> None:
+    subject = small(2)
+    line = traced(subject, checkpointing=checkpointing)
+    embedding, *products = [index for index, shape in enumerate(subject.shapes) if len(shape) == 2]
+    for reads in (line.reads[: line.forward], line.reads[line.forward :]):
+        assert set(products) <= set(reads.tolist())
+    assert embedding not in line.reads
+    sizes = [2 * shape.numel() for shape in subject.shapes]
+    values = line.values(sizes)
+    assert not values[line.reads < 0].any()
+    assert set(values[line.reads == products[-1]]) == {2 * 96 * 64}
+    # A view computes nothing: most operations read no weight.
+    assert (line.reads < 0).mean() > 0.5
+
+
 def test_eager_attention_keeps_scores_and_the_fused_one_does_not() -> None:
     subject = small(2, seq=64)
     scores = 2 * 4 * 64 * 64  # two blocks, four heads

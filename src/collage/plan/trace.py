@@ -44,7 +44,7 @@ class Timeline:
     Attributes:
         constant, per_sequence: of every event, [events].
         forward: how many of the events are before the backward, the loss included.
-        reads: index of the parameter (of the traced model) that each event computes with, -1 for none, [events].
+        reads: index of the matrix (of the traced parameters) that each event computes with, -1 for none, [events].
         arrived: how many gradients have arrived at each event, [events]: a place in ``order``.
         repeated: 1 where the gradients of the blocks that were not traced have arrived too, else 0, [events].
         order: index of the parameters (of the traced model) whose gradients arrive, first one first.
@@ -123,7 +123,7 @@ class _Recorder(TorchDispatchMode):
         return made
 
     def _read(self, func: Any, args: Any, outputs: list[Tensor]) -> int:
-        """Index of the parameter that an operation computes with; -1 for none. A view computes nothing, an embedding
+        """Index of the matrix that an operation computes with; -1 for none. A view computes nothing, an embedding
         with some rows alone."""
         if func is torch.ops.aten.embedding.default:
             return -1
@@ -237,7 +237,8 @@ def _trace(
     handles = [block.register_forward_pre_hook(enters) for block in subject.blocks(model)]
     for tensor in [*model.parameters(), *model.buffers()]:
         recorder.ignore(tensor)
-    recorder.weights = {p.untyped_storage()._cdata: index for index, p in enumerate(parameters)}
+    # Of a product with a bias it is the matrix that counts.
+    recorder.weights = {p.untyped_storage()._cdata: index for index, p in enumerate(parameters) if p.dim() > 1}
     for index, param in enumerate(parameters):
         if gradient != param.dtype:
             param.grad_dtype = gradient
@@ -263,11 +264,8 @@ def _timeline(low: _Trace, high: _Trace, blocks: list[list[int]], missing: int) 
     forward = low.forward
     live = np.array([low.live, high.live], dtype=np.float64)
     kept = np.array([low.kept, high.kept], dtype=np.float64)
-    reads, arrived, places = (
-        np.array(low.reads),
-        np.array(low.arrived),
-        {index: place for place, index in enumerate(low.order)},
-    )
+    reads, arrived = np.array(low.reads), np.array(low.arrived)
+    places = {index: place for place, index in enumerate(low.order)}
     repeated, block = np.zeros_like(arrived), ()
     if missing:
         # A block of those not traced adds what the second of the three does.

@@ -51,9 +51,8 @@ def start(group: Group) -> dict[str, Any]:
 def metrics(runs: Sequence[Run]) -> dict[str, Any]:
     """What the task of fine-tuned runs measures: mean, spread and values by name; empty for other runs."""
     finals = [section(section(run.record, "final"), "metrics") for run in runs]
-    values = {
-        name: [number(final.get(name)) for final in finals] for name in dict.fromkeys(n for f in finals for n in f)
-    }
+    names = dict.fromkeys(name for final in finals for name in final)
+    values = {name: [number(final.get(name)) for final in finals] for name in names}
     return {name: {"mean": mean(each), "spread": spread(each), "values": each} for name, each in values.items()}
 
 

@@ -153,7 +153,10 @@ def _metric(name: str) -> Column:
         found = row["metrics"].get(name)
         return MISSING if found is None else with_spread(found["mean"], found["spread"])
 
-    explanation = "The task's own measure, on its validation examples after the last step; the mean over the seeds ±."
+    explanation = (
+        "The task's own measure, on its validation examples after the last step. The mean over the seeds ± their "
+        "sample standard deviation."
+    )
     return Column(name, explanation, show)
 
 
