@@ -32,6 +32,7 @@ from collage.kernels.fused import elements, launching
 from collage.numerics import (
     E4M3FN,
 )
+from collage.storage.matmul import ROUNDERS, rounded
 from collage.storage.tensor import READERS, read
 from comparing import any_bits, bits, snapshot, values
 from comparing import assert_same as assert_same_optimizers
@@ -168,3 +169,22 @@ def test_a_model_reads_what_is_defined_in_one_launch(
         assert torch.equal(bits(tensor.dequantize()), bits(read(form, parts, forward)))
     assert launches == ["read_kernel"] * 2
     assert fused.read(TiledTensor([part.t().contiguous().t() for part in parts], form)) is None
+
+
+@pytest.mark.parametrize(("width", "columns"), [(68, 34), (256, 128)])
+def test_activations_are_rounded_as_defined_in_one_launch(
+    width: int, columns: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = any_bits((40, width), width, torch.bfloat16)
+    x[3] = 0.0
+    x[4:30] = values((26, width), 1) * torch.logspace(-40, 40, 26, base=2.0).bfloat16()[:, None]
+    wanted = rounded(x, columns)
+    assert not launches
+    monkeypatch.setitem(ROUNDERS, "cpu", fused.round_rows)
+    for each in (x, x.t().contiguous().t()):
+        found = rounded(each, columns)
+        for mine, theirs in zip(found.parts, wanted.parts, strict=True):
+            assert torch.equal(bits(mine), bits(theirs))
+    assert launches == ["round_kernel"] * 2
+    assert fused.round_rows(x.float(), wanted.form) is None
+    assert rounded(x[:0], columns).hi.shape == (0, width)

@@ -32,6 +32,8 @@ from collage import Tiled, TiledTensor
 from collage.kernels import fused
 from collage.kernels.contract import Hyper, Inputs
 from collage.kernels.fused.forms import all_stored, read_stored
+from collage.numerics import E4M3FN
+from collage.storage import Rounded
 from comparing import STRATEGIES
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -79,6 +81,7 @@ KERNELS = (
     null.null_kernel,
     tiles.tile_kernel,
     tiles.read_kernel,
+    tiles.round_kernel,
 )
 
 
@@ -284,6 +287,22 @@ def test_a_model_reads_tiles_in_accesses_of_8_elements(
     assert "convert_layout" not in kernel.asm["ttgir"]
     used = resources(kernel, tmp_path)
     assert used["LOCAL"] == used["STACK"] == 0
+
+
+@pytest.mark.parametrize("driver", [80, 90], indirect=True, ids="sm{}".format)
+def test_activations_are_rounded_in_accesses_of_8_elements(driver: Driver, tmp_path: Path) -> None:
+    form = Tiled(Rounded(E4M3FN), 1, 128, width=256)
+    stored = read_stored(form, "value")
+    assert stored is not None
+    launching.round_rows(torch.ones(200, 256, dtype=torch.bfloat16), form, stored)
+    (kernel,) = driver.compiled
+    text = operations(kernel)
+    assert not re.findall(WRONG, text)
+    assert accesses(text, "ld") == [1, 0]
+    assert accesses(text, "st") == [0, 1]
+    used = resources(kernel, tmp_path)
+    assert used["LOCAL"] == used["STACK"] == 0
+    print(f"sm{driver.target.arch}: {used['REG']} registers")
 
 
 def test_other_parameters_in_tiles_compile_nothing_new(driver: Driver) -> None:

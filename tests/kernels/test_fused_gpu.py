@@ -29,6 +29,7 @@ import collage
 from collage import Tiled, TiledTensor
 from collage.kernels import eager, fused
 from collage.kernels.contract import Inputs
+from collage.storage import matmul
 from collage.storage.tensor import read
 from comparing import any_bits, bits, snapshot, values
 from comparing import assert_same as assert_same_optimizers
@@ -223,6 +224,38 @@ def test_a_model_reads_tiles_as_defined(strategy: str, width: int, rows: int, co
     assert found is not None
     assert torch.equal(bits(found), bits(read(form, tensor.parts, forward)))
     assert torch.equal(bits(tensor.dequantize()).cpu(), bits(read(form, parts, forward)))
+
+
+@pytest.mark.parametrize(("width", "columns"), [(768, 128), (512, 64), (366, 122)])
+def test_activations_are_rounded_as_defined(width: int, columns: int) -> None:
+    x = any_bits((300, width), width, torch.bfloat16)
+    wanted = matmul.rounded(x, columns)
+    found = fused.round_rows(x.cuda(), wanted.form)
+    assert found is not None
+    for mine, theirs in zip(found, wanted.parts, strict=True):
+        assert torch.equal(bits(mine.cpu()), bits(theirs))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(256, 512, 384), (5, 640, 128), (1, 128, 256)])
+def test_products_of_float8_numbers_are_those_of_their_values(rows: int, inputs: int, outputs: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    net = collage.to_fp8_(torch.nn.Linear(inputs, outputs, bias=bias), forward="fp8").cuda()
+    if not matmul.multiplies_in_float8(net.weight):
+        pytest.skip("needs float8 products with scales per 128 x 128: Hopper, CUDA 12.9")
+    x = values((rows, inputs), 1).cuda()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = net(x)
+    assert "aten::_scaled_mm_v2" in {event.key for event in profile.key_averages()}
+    factor = matmul.rounded(x, 128).exact(torch.float64)
+    weight = net.weight.detach().dequantize(torch.float64)
+    wanted = factor @ weight.t()
+    size = factor.abs() @ weight.abs().t()
+    if bias:
+        wanted += net.bias.double()
+        size += net.bias.double().abs()
+    # The tensor cores keep some 14 bits of what they add up, a few times per 128 products; then it is rounded.
+    assert ((found.double() - wanted).abs() <= size * 2.0**-11 + wanted.abs() * 2.0**-8).all()
 
 
 @pytest.mark.parametrize("strategy", IN_TILES)

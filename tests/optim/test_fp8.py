@@ -115,7 +115,7 @@ def test_tiles_may_be_low_and_the_rest_be_cast_later() -> None:
         (lambda: collage.to_fp8_(model(), shards=0), "got 128 and 0"),
         (lambda: collage.to_fp8_(model().half()), "0.weight is torch.float16; allowed"),
         (lambda: collage.to_fp8_(nn.Linear(8, 8)), "no Linear or Embedding weight that could be kept"),
-        (lambda: collage.to_fp8_(model(), forward="low"), "forward must be one of value, hi, got 'low'"),
+        (lambda: collage.to_fp8_(model(), forward="low"), "forward must be one of value, hi, fp8, got 'low'"),
         (
             lambda: collage.AdamW(collage.to_fp8_(model()).parameters()),
             "'plus' keeps no parameters in tiles of Remainder",

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+import collage
+from collage.storage.matmul import rounded
 from collage.train import products
 from collage.train.products import NATIVE, WIDENED, multiplying
 from comparing import values
@@ -49,6 +51,22 @@ def test_products_forward_and_backward_are_those_of_float32_rounded_once(dtype: 
     assert reference.weight.grad is not None
     error = (layer.weight.grad.float() - reference.weight.grad).abs().max()
     assert error <= 8 * torch.finfo(dtype).eps * reference.weight.grad.abs().max()
+
+
+def test_a_weight_in_tiles_decides_what_is_multiplied() -> None:
+    torch.manual_seed(0)
+    x, layers = values((3, 64), 0), {}
+    for forward in ("hi", "fp8"):
+        layers[forward] = collage.to_fp8_(nn.Linear(64, 64), forward=forward)
+    hi = layers["hi"].weight.detach().dequantize().float()
+    layers["fp8"].load_state_dict(layers["hi"].state_dict())
+    for forward, factor in (("hi", x), ("fp8", rounded(x, 64).dequantize())):
+        layer, given = layers[forward], x.clone().requires_grad_()
+        with multiplying(WIDENED):
+            out = layer(given)
+            out.backward(torch.ones_like(out))
+        assert torch.equal(out, torch.addmm(layer.bias.float(), factor.float(), hi.t()).bfloat16())
+        assert torch.equal(given.grad, (torch.ones(3, 64) @ hi).bfloat16())  # type: ignore[arg-type]
 
 
 def test_native_products_are_torchs_own() -> None:

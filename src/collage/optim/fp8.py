@@ -40,7 +40,8 @@ def to_fp8_(
     Args:
         model: a model in float32 or bfloat16, changed in place; not yet sharded.
         strategy: one that keeps parameters in tiles: fp8, fp8-native, fp8-3, naive-fp8.
-        forward: what the model reads: "value" (hi + lo) or "hi".
+        forward: what the model reads: "value" (hi + lo), or "hi"; with "fp8" hi too, and the layers multiply it with
+            activations that are rounded to float8 (:mod:`collage.storage.matmul`).
         tile: rows and columns that share a scale, or one number for both: powers of two, columns at least 32. Tiles of
             one row, (1, 128), can be shared by any number of processes, and cost 1/128 byte per parameter more.
         shards: over how many processes FSDP2 will shard the rows. The height of the tiles then becomes the largest

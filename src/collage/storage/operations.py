@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from collage.storage.matmul import product
 from collage.storage.tensor import TiledTensor, new_parts
 from collage.storage.tiled import Tiled
 
@@ -198,3 +199,13 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     one_row = Tiled(tensor.form.of, 1, tensor.form.columns, width=tensor.form.width)
     looked_up = TiledTensor([*found, scale[flat // rows]], one_row, tensor.forward)
     return looked_up.dequantize().view(*indices.shape, -1)
+
+
+@_operation(aten.mm.default, aten.addmm.default)
+def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of activations with a weight's transpose, as a Linear layer makes it; that of gradients is with the weight."""
+    *bias, x, weight = args
+    tiled = isinstance(weight, TiledTensor) and not isinstance(x, TiledTensor)
+    if not tiled or weight.forward != "fp8" or not weight.transposed or x.dtype != torch.bfloat16:
+        return NotImplemented
+    return product(func, bias[0] if bias else None, x, weight, kwargs)

@@ -19,7 +19,7 @@ from collage.storage.remainder import Remainder
 from collage.storage.rounded import Rounded
 from collage.storage.tiled import Tiled
 
-FORWARDS = ("value", "hi")
+FORWARDS = ("value", "hi", "fp8")
 _LOW = ("lo", "lo2")
 # A faster way than torch's operations to read components, per device type: (tensor) -> bfloat16 [rows, width] or None.
 READERS: dict[str, Callable[[TiledTensor], Tensor | None]] = {}
@@ -28,13 +28,14 @@ READERS: dict[str, Callable[[TiledTensor], Tensor | None]] = {}
 class TiledTensor(Tensor):
     """A bfloat16 tensor of two dimensions whose values are kept in the components of a :class:`Tiled` storage.
 
-    Its value is the components' rounded to bfloat16, or with ``forward="hi"`` that of the leading component alone.
+    Its value is the components' rounded to bfloat16, or with ``forward="hi"`` that of the leading component alone; with
+    "fp8" too, and products of activations with its transpose are of float8 numbers (:mod:`collage.storage.matmul`).
     Operations read it as that. ``copy_`` from a tensor of the same form takes the components as they are; any other
     write rounds what is written into them, to nearest. An index gives a copy, but for whole rows of tiles.
 
     Attributes:
         form: the storage, fitted to the shape.
-        forward: "value" or "hi": what a model reads.
+        forward: "value", "hi" or "fp8": what a model reads, and how it multiplies.
         transposed: whether the tensor is the transpose of what the components keep.
         hi, lo, lo2, scale: the components, [rows, width] and of the scales [rows of tiles, tiles of a row]; lo and lo2
             as far as the storage has them.
@@ -199,7 +200,7 @@ def form_of(tensor: Any) -> Tiled | None:
 def read(form: Tiled, parts: Parts, forward: str) -> Tensor:
     """The definition of what a model reads: bfloat16 of the parts' shape."""
     shown = form
-    if forward == "hi":
+    if forward != "value":
         shown = Tiled(Rounded(form.format), form.rows, form.columns, width=form.width)
         parts = (parts[0], parts[-1])
     out = torch.empty_like(parts[0], dtype=torch.float32)

@@ -102,7 +102,8 @@ class TrainConfig:
     forward: str = _setting(
         "value",
         MODEL,
-        "What the model reads of weights in tiles (fp8 and its kin): value (hi + lo), or hi alone.",
+        "What the model reads of weights in tiles (fp8 and its kin): value (hi + lo), or hi alone. fp8 reads hi, and "
+        "rounds activations to float8 for the products with it.",
     )
     backend: str | None = _setting(
         None, MODEL, "Which implementation does the optimizer step; unset: the fastest one for the device."

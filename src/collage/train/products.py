@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from collage.storage import TiledTensor
+from collage.storage.operations import dispatch
+
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
 NATIVE, WIDENED = "native", "float32, rounded"
@@ -36,6 +39,10 @@ def multiplying(how: str) -> AbstractContextManager[object]:
 
 class _Widened(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and any(isinstance(arg, TiledTensor) for arg in args):
+            # What is multiplied then are ordinary tensors that parameters in tiles decide upon.
+            with self:
+                return dispatch(func, args, kwargs or {})
         if func in _PRODUCTS and args[-1].dtype in (torch.bfloat16, torch.float16):
             wide = [arg.to(torch.float32) if isinstance(arg, torch.Tensor) else arg for arg in args]
             return func(*wide, **(kwargs or {})).to(args[-1].dtype)

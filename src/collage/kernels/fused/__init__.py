@@ -20,10 +20,11 @@ from torch import Tensor
 
 from collage.kernels.contract import Batch, Inputs, Layout
 from collage.kernels.fused.forms import all_stored, read_stored
-from collage.storage import TiledTensor
+from collage.storage import Tiled, TiledTensor
+from collage.storage.matmul import ROUNDERS
 from collage.storage.tensor import READERS
 
-__all__ = ["devices", "null_step", "read", "serves", "step", "unavailable"]
+__all__ = ["devices", "null_step", "read", "round_rows", "serves", "step", "unavailable"]
 
 # The first compute capability with conversions and arithmetic as the kernels need them: Ampere.
 CAPABILITY = (8, 0)
@@ -87,6 +88,20 @@ def read(tensor: TiledTensor) -> Tensor | None:
 
 
 READERS["cuda"] = read
+
+
+def round_rows(x: Tensor, form: Tiled) -> list[Tensor] | None:
+    """Activations [rows, width] in bfloat16 rounded to nearest into the components of tiles of one row, which ``form``
+    describes; None where no kernel serves it. One pass over them, bit-equal to ``form.store``."""
+    described = read_stored(form, "value")
+    if described is None or not _can_run() or x.dtype != torch.bfloat16:
+        return None
+    from collage.kernels.fused import launching
+
+    return launching.round_rows(x.contiguous(), form, described)
+
+
+ROUNDERS["cuda"] = round_rows
 
 
 @cache

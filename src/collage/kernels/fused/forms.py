@@ -130,9 +130,9 @@ def all_stored(layout: Layout, dtype: torch.dtype) -> tuple[Stored, ...] | None:
 
 @lru_cache(maxsize=256)
 def read_stored(form: Tiled, forward: str) -> Stored | None:
-    """The description of what a model reads of a parameter in tiles, with ``forward`` "hi" of the leading numbers; None
-    where the kernels do not serve it."""
-    return stored(replace(form, of=Rounded(form.format)) if forward == "hi" else form, "param", torch.bfloat16)
+    """The description of what a model reads of a parameter in tiles, with another ``forward`` than "value" of the
+    leading numbers; None where the kernels do not serve it."""
+    return stored(replace(form, of=Rounded(form.format)) if forward != "value" else form, "param", torch.bfloat16)
 
 
 def _row_lengths(layout: Layout) -> set[int]:

@@ -15,10 +15,11 @@ from collage.kernels.fused.advance import advance_kernel
 from collage.kernels.fused.forms import Stored, all_stored, block_of
 from collage.kernels.fused.null import null_kernel
 from collage.kernels.fused.tables import Tables
-from collage.kernels.fused.tiles import read_kernel, tile_kernel
+from collage.kernels.fused.tiles import read_kernel, round_kernel, tile_kernel
 from collage.kernels.fused.update import step_kernel, sums_kernel
 from collage.numerics import format_of
 from collage.storage import Tiled, TiledTensor
+from collage.storage.tensor import new_parts
 
 # Elements of a tile: with 4 warps, 8 per thread, which is one access of 16 bytes to a 16-bit component.
 TILE = 1024
@@ -106,31 +107,46 @@ def _step_tiles(batch: Batch, tables: Tables, args: tuple[Any, ...], constants: 
 
 def read(tensor: TiledTensor, stored: Stored) -> Tensor:
     """See :func:`collage.kernels.fused.read`."""
-    form = tensor.form
     out = torch.empty(tensor.hi.shape, dtype=torch.bfloat16, device=tensor.hi.device)
-    rows, width = tensor.hi.shape
     read = (stored.first, stored.second, stored.third)
-    numbers = [part.data_ptr() for part, each in zip(tensor.parts, read, strict=False) if each]
+    numbers = [part for part, each in zip(tensor.parts, read, strict=False) if each]
+    addresses = (*(part.data_ptr() for part in numbers), 0, 0)[:3]
+    args = (*addresses, tensor.scale.data_ptr(), out.data_ptr())
+    _launch_slabs(read_kernel, args, [*numbers, out], tensor.form, PARAM=tuple(stored))
+    return out
+
+
+def round_rows(x: Tensor, form: Tiled, described: Stored) -> list[Tensor]:
+    """See :func:`collage.kernels.fused.round_rows`."""
+    codes, scale = new_parts(form, x.shape, x.device)
+    args = (x.data_ptr(), codes.data_ptr(), scale.data_ptr())
+    _launch_slabs(round_kernel, args, [x, codes], form, STORED=tuple(described))
+    return [codes, scale]
+
+
+def _launch_slabs(
+    kernel: Any, addresses: tuple[int, ...], tensors: list[Tensor], form: Tiled, **constants: Any
+) -> None:
+    """A program per slab of rows of one column of tiles. ``tensors`` have the elements, in rows of equal length."""
+    rows, width = tensors[0].shape
     columns = _columns(form.columns)
     programs = -(-rows // SLAB_ROWS) * (width // form.columns)
-    if programs:
-        with _on(out.device):
-            launch(
-                read_kernel,
-                programs,
-                *(*numbers, 0, 0)[:3],
-                tensor.scale.data_ptr(),
-                out.data_ptr(),
-                out.numel(),
-                width,
-                PARAM=tuple(stored),
-                SIZE=SLAB_ROWS * columns,
-                ENTRY=form.columns,
-                COLUMNS=columns,
-                WIDE=_wide_rows(form) and not any(address % 16 for address in (*numbers, out.data_ptr())),
-                num_warps=_slab_warps(SLAB_ROWS * columns),
-            )
-    return out
+    if not programs:
+        return
+    with _on(tensors[0].device):
+        launch(
+            kernel,
+            programs,
+            *addresses,
+            rows * width,
+            width,
+            SIZE=SLAB_ROWS * columns,
+            ENTRY=form.columns,
+            COLUMNS=columns,
+            WIDE=_wide_rows(form) and not any(tensor.data_ptr() % 16 for tensor in tensors),
+            num_warps=_slab_warps(SLAB_ROWS * columns),
+            **constants,
+        )
 
 
 def _slab_warps(size: int) -> int:

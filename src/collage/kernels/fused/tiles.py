@@ -1,4 +1,4 @@
-"""The Triton kernels of parameters in tiles: the step, and what a model reads.
+"""The Triton kernels of parameters in tiles: the step, what a model reads, and what it multiplies them with.
 
 The exponent of a tile follows from the largest of all its new values, before any of them is stored. So a program goes
 through its tile twice: it computes the new values for their magnitudes, then once more to store them, when the inputs
@@ -18,7 +18,7 @@ from collage.kernels.fused.advance import POWERS, SCALARS
 from collage.kernels.fused.elements import nearest
 from collage.kernels.fused.integers import square_root
 from collage.kernels.fused.memory import load, load_parts, row_mask, store
-from collage.kernels.fused.storages import exponent_of, finite_size, value_of
+from collage.kernels.fused.storages import exponent_of, finite_size, quotients, value_of
 from collage.kernels.fused.update import (
     SUMS,
     decayed,
@@ -182,3 +182,34 @@ def read_kernel(
     parts = load_parts(at, start, numel, width, exponent, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     value = nearest(value_of(parts, PARAM), "bf16")
     store(out, start, numel, width, value, SIZE, ENTRY, COLUMNS, "bf16", WIDE)
+
+
+@triton.jit(do_not_specialize=["x", "codes", "scale", "numel"])
+def round_kernel(
+    x: tl.int64,
+    codes: tl.int64,
+    scale: tl.int64,
+    numel: tl.int64,
+    width,
+    STORED: tl.constexpr,
+    SIZE: tl.constexpr,
+    ENTRY: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Rounds bfloat16 numbers of some rows to nearest in e4m3, of which ENTRY in a row share an exponent.
+
+    Args:
+        x, codes, scale: addresses of the numbers, of the rounded ones and of their exponents.
+    """
+    number = tl.program_id(0).to(tl.int64)
+    across = width // ENTRY
+    top = number // across * (SIZE // COLUMNS)
+    start = top * width + number % across * ENTRY
+    value = load(x, start, numel, width, SIZE, ENTRY, COLUMNS, "bf16", WIDE)
+    exponent = exponent_of(tl.max(finite_size(value), 1))[:, None]
+    code = nearest(quotients(value, exponent, STORED), "e4m3fn")
+    store(codes, start, numel, width, code, SIZE, ENTRY, COLUMNS, "e4m3fn", WIDE)
+    rows = top + tl.arange(0, SIZE // COLUMNS)[:, None]
+    exponents = scale.to(tl.pointer_type(tl.uint8)) + rows * across + number % across
+    tl.store(exponents, exponent.to(tl.uint8), mask=row_mask(start, numel, width, SIZE, COLUMNS))

@@ -1,0 +1,98 @@
+"""Matrix products of a parameter in tiles whose model reads it with ``forward="fp8"``.
+
+The other factor, activations, is rounded to e4m3 as well, with a power of two per row and tile's width; the product is
+that of the two, added up in float32. Both factors are bfloat16 numbers too, so that every device can multiply them;
+where it multiplies float8 numbers, and takes their scales in tiles of 128, it is handed the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from collage.numerics import E4M3FN
+from collage.storage.contract import Parts
+from collage.storage.rounded import Rounded
+from collage.storage.tensor import TiledTensor
+from collage.storage.tiled import Tiled
+
+# A faster way than torch's operations to round activations, per device type: (x, form) -> components, or None.
+ROUNDERS: dict[str, Callable[[Tensor, Tiled], Parts | None]] = {}
+# The scales of Hopper's products: per 128 of a row, and per 128 x 128; CUDA's library has them from 12.9 on.
+_SIDE, _CAPABILITY, _CUDA = 128, (9, 0), (12, 9)
+# The library wants rows of activations, and blocks along a row of weights, in fours.
+_ROWS = _BLOCKS = 4
+
+
+def rounded(x: Tensor, columns: int) -> TiledTensor:
+    """Activations [rows, width] to nearest in e4m3, with a power of two per row and ``columns`` elements of it."""
+    form = Tiled(Rounded(E4M3FN), rows=1, columns=columns, width=x.shape[1])
+    rounder = ROUNDERS.get(x.device.type) if type(x) is Tensor else None
+    parts = None if rounder is None else rounder(x, form)
+    return TiledTensor.of(x, form) if parts is None else TiledTensor(parts, form)
+
+
+def product(func: Any, bias: Tensor | None, x: Tensor, weight: TiledTensor, kwargs: dict[str, Any]) -> Tensor:
+    """``x @ weight``, plus a bias.
+
+    Args:
+        func: ``aten.mm`` or ``aten.addmm``, which do the product where no float8 numbers are multiplied.
+        x: bfloat16 [m, k].
+        weight: transposed: [k, n], kept as [n, k].
+        kwargs: those of ``func``.
+    """
+    factor = rounded(x, weight.form.columns)
+    if multiplies_in_float8(weight) and not kwargs:
+        return _in_float8(factor, weight, bias)
+    others = () if bias is None else (bias,)
+    return func(*others, factor.dequantize(), weight.dequantize(), **kwargs)
+
+
+def multiplies_in_float8(weight: TiledTensor) -> bool:
+    """Whether products with it are of float8 numbers on its device: on NVIDIA's Hopper with CUDA 12.9 or later, of
+    e4m3 in tiles of 128 x 128 that are all whole."""
+    form = weight.form
+    fits = (form.rows, form.columns) == (_SIDE, _SIDE) and weight.hi.shape[0] % _SIDE == 0
+    return weight.forward == "fp8" and fits and form.format == E4M3FN and _has_float8_products(weight.device)
+
+
+def _has_float8_products(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    version = tuple(int(number) for number in torch.version.cuda.split(".")[:2])
+    return version >= _CUDA and torch.cuda.get_device_capability(device) == _CAPABILITY
+
+
+def _in_float8(x: TiledTensor, weight: TiledTensor, bias: Tensor | None) -> Tensor:
+    """The bytes and the scales as the library wants them: along the rows of activations, and along a row of weights,
+    the next scale is the next in memory."""
+    rows, blocks = x.shape[0], weight.scale.shape[1]
+    codes, scale = _padded(x.hi, -rows % _ROWS), _padded(x.scale, -rows % _ROWS)
+    weight_scale = functional.pad(weight.scale, (0, -blocks % _BLOCKS))
+    found = functional.scaled_mm(
+        codes,
+        weight.hi.t(),
+        _powers(scale.t().contiguous()).t(),
+        functional.ScalingType.BlockWise1x128,
+        _powers(weight_scale).t(),
+        functional.ScalingType.BlockWise128x128,
+        bias=bias,
+        output_dtype=torch.bfloat16,
+    )
+    return found[:rows]
+
+
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """With so many more rows of zeros."""
+    if not rows:
+        return tensor
+    return functional.pad(tensor.view(torch.uint8), (0, 0, 0, rows)).view(tensor.dtype)
+
+
+def _powers(exponents: Tensor) -> Tensor:
+    """The scales as float32; that of padding, whose exponent byte is 0, does not matter but is finite."""
+    return exponents.view(torch.float8_e8m0fnu).to(torch.float32)
