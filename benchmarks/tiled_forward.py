@@ -18,10 +18,11 @@ from torch import nn
 
 import collage
 from collage.bench.timing import Run, clock_of
+from collage.storage.tensor import FORWARDS
 from collage.train.models import build_model
 from collage.train.products import multiplying, products
 
-VARIANTS = [(s, f) for s in ("fp8", "fp8-native", "fp8-3") for f in ("value", "hi")]
+VARIANTS = [(s, f) for s in ("fp8", "fp8-native", "fp8-3") for f in FORWARDS]
 
 
 def main() -> None:

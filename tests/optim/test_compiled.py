@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import collage
 from collage.optim import operator
@@ -135,3 +135,18 @@ def test_the_operator_passes_torchs_own_checks() -> None:
         ([param.detach()], [values((20,), 1)], [0], opt.number),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_what_is_read_of_tiles_survives_torch_compile() -> None:
+    kinds = [("fp8", "value"), ("fp8-native", "value"), ("fp8-3", "value"), ("fp8", "hi"), ("fp8", "fp8")]
+    weights = [
+        collage.to_fp8_(nn.Linear(64, 64, bias=False), strategy, forward=forward).weight.detach()
+        for strategy, forward in kinds
+    ]
+
+    def read(x: Tensor, *weights: Tensor) -> list[Tensor]:
+        return [each for w in weights for each in (w.dequantize(), nn.functional.linear(x, w))]  # type: ignore[attr-defined]
+
+    x = values((5, 64), 1)
+    for found, wanted in zip(torch.compile(read, fullgraph=True)(x, *weights), read(x, *weights), strict=True):
+        assert torch.equal(found, wanted)

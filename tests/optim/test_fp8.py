@@ -208,6 +208,16 @@ def test_activation_checkpointing_changes_no_bit() -> None:
         assert torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
 
 
+def test_compilers_keep_apart_what_reads_differently() -> None:
+    def name(forward: str = "value", inputs: int = 64, tile: int = 32, transposed: bool = False) -> str:
+        weight = collage.to_fp8_(nn.Linear(inputs, 64), forward=forward, tile=tile).weight.detach()
+        return (weight.t() if transposed else weight)._stable_hash_for_caching()
+
+    names = [name(), name("hi"), name("fp8"), name(inputs=128), name(tile=64), name(transposed=True)]
+    assert len(set(names)) == len(names)
+    assert name() == names[0]
+
+
 @pytest.mark.parametrize("strategy", ["fp8", "fp8-native"])
 def test_a_compiled_model_trains_as_one_that_is_not(strategy: str) -> None:
     nets = [collage.to_fp8_(model(tied=True), strategy) for _ in range(2)]

@@ -6,6 +6,7 @@ it: autograd keeps the components for the backward pass, not the values. Gradien
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from collage.storage.expansion import Expansion
 from collage.storage.remainder import Remainder
 from collage.storage.rounded import Rounded
 from collage.storage.tiled import Tiled
+from collage.version import __version__
 
 FORWARDS = ("value", "hi", "fp8")
 _LOW = ("lo", "lo2")
@@ -131,6 +133,12 @@ class TiledTensor(Tensor):
         """The inverse of :meth:`__tensor_flatten__`."""
         form, forward, transposed = rest
         return TiledTensor([inner[name] for name in TiledTensor.names_of(form)], form, forward, transposed, tuple(size))
+
+    def _stable_hash_for_caching(self) -> str:
+        """For compilers that keep what they have compiled: what decides on that, and whose operations they were."""
+        parts = [(part.dtype, part.shape, part.stride(), str(part.device)) for part in self.parts]
+        kind = (self.form, self.forward, self.transposed, self.shape, self.requires_grad)
+        return hashlib.blake2b(repr((__version__, kind, parts)).encode()).hexdigest()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Components as bytes: pickle knows no 8-bit numbers that are not integers."""
