@@ -61,7 +61,8 @@ def multiplies_in_float8(weight: TiledTensor) -> bool:
 
 
 def _has_float8_products(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.cuda is None:
+    # torch has the function from 2.10 on.
+    if device.type != "cuda" or torch.version.cuda is None or not hasattr(functional, "scaled_mm"):
         return False
     version = tuple(int(number) for number in torch.version.cuda.split(".")[:2])
     return version >= _CUDA and torch.cuda.get_device_capability(device) == _CAPABILITY
