@@ -82,7 +82,6 @@ CODES = (Blockwise("softsign"), Blockwise("root4"))
         Layout(replace(TILES, of=Rounded(E5M2)), *CODES),
         Layout(replace(TILES, of=Remainder(4, E4M3FN)), *CODES),
         Layout(replace(TILES, of=Expansion(2, E4M3FN)), *CODES),
-        Layout(replace(TILES, of=Expansion(4, E4M3FN, scaled=True)), *CODES),
         Layout(ROUNDED, ROWS, ROWS),
     ],
 )

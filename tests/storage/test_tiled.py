@@ -209,6 +209,7 @@ def test_tiles_divide_a_row(shape: tuple[int, ...], columns: int | None) -> None
         (lambda: Tiled(Rounded("bf16")), "of e4m3fn or e5m2, got Rounded"),
         (lambda: Tiled(Rounded()), "of e4m3fn or e5m2"),
         (lambda: Tiled(Blockwise("root4")), "tiles hold Rounded, Expansion or Remainder"),
+        (lambda: Tiled(Expansion(4, "e4m3fn", scaled=True)), r"2 or 3 components, got 4; .* such as Remainder\(16\)"),
         (lambda: Tiled(Rounded("e4m3fn"), 0), "at least 1 row .* got 0, 128"),
         (lambda: Tiled(Rounded("e4m3fn"), 1, 33), "even number of columns, got 1, 33"),
         (lambda: Tiled(Rounded("e4m3fn")).param_dtype(torch.float16), "keep parameters of torch.bfloat16, got"),

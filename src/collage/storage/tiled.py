@@ -31,8 +31,8 @@ class Tiled(Storage):
     Division by it and multiplication with it are exact. A number that is not finite is nan, and spoils no other.
 
     Attributes:
-        of: the storage of the divided values: :class:`Rounded`, :class:`Expansion` or :class:`Remainder` of e4m3fn or
-            e5m2.
+        of: the storage of the divided values: :class:`Rounded`, :class:`Expansion` of up to 3 components or
+            :class:`Remainder`, of e4m3fn or e5m2.
         rows: height of a tile, in rows. A tensor's last tiles may be less high.
         columns: width of a tile. 128 becomes the largest even divisor of the row's length for a given shape
             (:meth:`fitted`).
@@ -51,6 +51,11 @@ class Tiled(Storage):
         kinds = (Rounded, Expansion, Remainder)
         if not isinstance(self.of, kinds) or self.of.format not in (E4M3FN, E5M2):
             raise ValueError(f"tiles hold Rounded, Expansion or Remainder of e4m3fn or e5m2, got {self.of!r}")
+        if isinstance(self.of, Expansion) and self.of.n > 3:
+            raise ValueError(
+                f"an expansion in tiles has 2 or 3 components, got {self.of.n}; for more bits take a storage without "
+                "tiles, such as Remainder(16)"
+            )
         if self.rows < 1 or self.columns < 2 or self.columns % 2:
             raise ValueError(
                 f"a tile has at least 1 row and an even number of columns, got {self.rows}, {self.columns}"
