@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -18,28 +18,11 @@ from collage.kernels import SUMS, eager
 from collage.metrics import Record
 from collage.numerics import random_bits
 from collage.optim import StepRow
-from comparing import STRATEGIES, WORKING, assert_same, dtype_of, values
+from comparing import STRATEGIES, WORKING, Keeper, assert_same, dtype_of, values
 from step_oracle import CASES, Arithmetic, Element, Hyper, nearest, scalars
 from step_oracle import STRATEGIES as WORDS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class Keeper:
-    """An observer that keeps everything."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, Sequence[StepRow]]] = []
-
-    def wants(self, step: int) -> bool:
-        return True
-
-    def record(self, step: int, rows: Sequence[StepRow]) -> None:
-        self.seen.append((step, rows))
-
-    def sums(self) -> dict[str, float]:
-        """Of the last step, over all parameters."""
-        return dict(zip(SUMS, torch.stack([row.sums for row in self.seen[-1][1]]).sum(0).tolist(), strict=True))
 
 
 def v_of(element: Element) -> Fraction:
@@ -65,8 +48,9 @@ def exact_sums(
     return sums
 
 
-def assert_sums(found: dict[str, float], exact: dict[str, Fraction]) -> None:
+def assert_sums(row: StepRow, exact: dict[str, Fraction]) -> None:
     """Counts exactly; sums, which are added up in float64, nearly."""
+    found = dict(zip(SUMS, row.sums.tolist(), strict=True))
     for column in SUMS[3:]:
         assert found[column] == exact[column], column
     scale = float(exact["update_dot_update"])
@@ -99,7 +83,7 @@ def test_the_sums_of_a_step_are_the_exact_ones(name: str, fmt: str, lr: float) -
         ]
         param.grad = torch.tensor(grads, dtype=torch.float64).to(param.dtype)
         opt.step()
-        assert_sums(keeper.sums(), exact_sums(before, elements, updates, grads, hyper.beta2))
+        assert_sums(keeper.rows[-1], exact_sums(before, elements, updates, grads, hyper.beta2))
 
 
 def working_update(old: Element, new: Element, hyper: Hyper) -> float:
@@ -124,7 +108,7 @@ def test_the_sums_of_a_step_in_working_arithmetic_are_the_exact_ones(name: str, 
             element.step_working(grad, hyper)
         opt.step()
         updates = [working_update(old, new, hyper) for old, new in zip(before, elements, strict=True)]
-        assert_sums(keeper.sums(), exact_sums(before, elements, updates, param.grad.tolist(), hyper.beta2))
+        assert_sums(keeper.rows[-1], exact_sums(before, elements, updates, param.grad.tolist(), hyper.beta2))
 
 
 # ---- the figures -----------------------------------------------------------------------------------------------------
