@@ -12,7 +12,7 @@ import torch
 from bench_small import Bench, adamw, peer
 
 import collage
-from collage import cli
+from collage import cli, kernels
 from collage.bench import peers, precision
 from collage.bench.contenders import HYPER, Contender, own_contenders, torch_contenders
 from collage.bench.options import make_precision_plan
@@ -146,6 +146,32 @@ def test_torchs_own_generator_is_as_before() -> None:
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("covered", [True, False], ids=["covered", "not covered"])
+@pytest.mark.parametrize("strategy", ["fp8", "fp8-native"])
+def test_the_backend_that_a_row_names_is_the_one_that_steps_its_tiles(
+    strategy: str, covered: bool, run_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, type]] = []
+    serves = kernels.native.serves
+
+    def spied(backend: str) -> Any:
+        step = kernels._STEPS[backend]
+        return lambda batch, inputs: ran.append((backend, type(batch.layout.param))) or step(batch, inputs)
+
+    for backend in ("native", "eager"):
+        monkeypatch.setitem(kernels._STEPS, backend, spied(backend))
+    if not covered:
+        # What keeps the parameters that are too small for tiles has native kernels still.
+        monkeypatch.setattr(
+            kernels.native,
+            "serves",
+            lambda layout, dtype: type(layout.param) is not collage.Tiled and serves(layout, dtype),
+        )
+    row = by_name(run_bench(*TINY, "--strategies", strategy, "--peers", "none"))[f"collage {strategy}"]
+    assert set(ran) == {(row["backend"], collage.Tiled)}
+    assert covered or row["backend"] == "eager"
 
 
 def test_every_strategy_has_a_row_in_the_json_and_in_the_table(run_bench: Bench) -> None:
