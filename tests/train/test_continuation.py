@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import collage
-from collage.train import checkpoints, continuation, loop, runfiles
+from collage.train import checkpoints, continuation, loop, runfiles, runsetup
 from collage.train.checkpoints import CheckpointError
 from collage.train.config import EXECUTING, OBSERVING, TrainConfig, UserError
 from collage.train.continuation import continued, continued_text, find, order_seed, read, start
@@ -375,7 +375,7 @@ def test_tied_weights_stay_one_tensor_with_one_state(
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
         return model
 
-    monkeypatch.setattr(loop, "build_model", tied)
+    monkeypatch.setattr(runsetup, "build_model", tied)
     train(replace(tiny, strategy="fp32"), tmp_path / "source")
     weights, _ = saved_in(tmp_path / "source")
     model = tied("tiny", vocab_size=257, seq_len=16, seed=5)

@@ -13,8 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from collage.train import checkpoints, processes, runfiles
-from collage.train.config import TrainConfig, UserError
-from collage.train.loop import _micro_batch, train
+from collage.train.config import TrainConfig
+from collage.train.loop import train
 
 MODULE = [sys.executable, "-W", "error", "-m"]
 TORCHRUN = [*MODULE, "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -56,18 +56,6 @@ def test_the_number_of_processes_changes_nothing_but_rounding(config: TrainConfi
     grown = runfiles.resume_config(tmp_path / "two", {"steps": 9})
     assert train(grown, tmp_path / "two", resume=True)["final"]["step"] == 9
     assert checkpoints.latest(tmp_path / "two/checkpoints") == tmp_path / "two/checkpoints/step-000009"
-
-
-@pytest.mark.parametrize(
-    ("settings", "processes", "message"),
-    [
-        ({"batch_size": 6}, 4, r"a multiple of the number of processes \(4\), got 6"),
-        ({"batch_size": 6, "micro_batch": 2}, 2, "micro_batch must divide each process's 3 of 6 sequences, got 2"),
-    ],
-)
-def test_a_batch_that_processes_cannot_share_is_refused(settings: dict[str, int], processes: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        _micro_batch(TrainConfig(**settings), processes)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_errors_of_a_process_that_is_gone_are_told_from_others() -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from collage import split_tiles
-from collage.train import checkpoints, loop, processes, runfiles
+from collage.train import checkpoints, processes, runfiles
 from collage.train.checkpoints import merge
 from collage.train.config import TrainConfig, UserError
 from collage.train.loop import train
@@ -187,8 +187,3 @@ def test_processes_that_would_each_train_alone_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="all 2 processes that were started must work together, got 1"):
         processes.start_processes(config)
-
-
-def test_gradients_of_several_processes_are_not_kept_in_float32(config: TrainConfig) -> None:
-    with pytest.raises(UserError, match=r"grad_dtype float32 needs a single process, .* got 2; use reduce_dtype"):
-        loop._keep_gradients_in_float32(config, [], 2)

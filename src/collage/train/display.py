@@ -15,6 +15,25 @@ def conversion_text(error: float | None) -> str:
     return "–" if error is None else "exact" if error == 0.0 else f"{error:.1e}"
 
 
+def run_title(run: dict[str, Any]) -> str:
+    """What a run trains, from its run.json."""
+    model = run["model"]
+    return (
+        f"{run['name']}: {model['name']}, {model['parameters']:,} parameters in {model['dtype']}, "
+        f"{run['bytes_per_param']:g} bytes each"
+    )
+
+
+def start_text(run: dict[str, Any]) -> str:
+    """From where a run continues another, from its run.json."""
+    source, errors = run["source"], run["conversion"]
+    converted = ", ".join(f"{role} {conversion_text(error)}" for role, error in errors.items())
+    return (
+        f"continues from step {source['step']} of {source['run'] or 'a run'} ({source['strategy']}), "
+        f"{source['checkpoint']}; converted to {run['strategy']}: {converted}"
+    )
+
+
 class Display:
     """Shows a run's records as they come; entered for the time of the loop."""
 
