@@ -12,12 +12,16 @@ import collage
 from comparing import bits, values
 
 
-def trained(make: Any, lr: float, beta2: float, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+def trained(
+    make: Any, lr: float, beta2: float, steps: int = 5, dtype: torch.dtype = torch.bfloat16, tiles: str | None = None
+) -> tuple[Any, Any]:
     """A model of two modules with weights near 1 and near 1/1000, and its optimizer after some steps."""
     model = nn.ModuleDict({"large": nn.Linear(64, 64, bias=False), "small": nn.Linear(64, 64, bias=False)}).to(dtype)
     with torch.no_grad():
         for place, (param, spread) in enumerate(zip(model.parameters(), (1.0, 1e-3), strict=True)):
             param.copy_(values((64, 64), place, dtype, spread))
+    if tiles is not None:
+        collage.to_fp8_(model, tiles)
     opt = make(model.parameters(), lr=lr, betas=(0.9, beta2))
     for seed in range(1, steps + 1):
         set_gradients(model, seed)
@@ -61,8 +65,13 @@ def test_a_second_moment_that_cannot_decay_calls_for_plus() -> None:
 
 
 def test_what_is_tried_is_what_collages_own_step_then_does() -> None:
-    for name in ("plain", "light", "compact", "exact"):
-        model, opt = trained(lambda p, name=name, **o: collage.AdamW(p, strategy=name, **o), lr=1e-4, beta2=0.99)
+    for name, strategy in collage.strategies().items():
+        if name not in ("plain", "light", "compact", "exact") and not strategy.param.borne:
+            continue
+        tiles = name if strategy.param.borne else None
+        make = lambda p, name=name, **o: collage.AdamW(p, strategy=name, **o)  # noqa: E731
+        # Of smaller updates in tiles a single step says little: draws of the random bits outweigh them.
+        model, opt = trained(make, lr=1e-2 if tiles else 1e-4, beta2=0.99, tiles=tiles)
         tried = collage.advise(model, opt, candidates=[name], bound=0.0, decay_bound=-1, noise_bound=100)
         audit = collage.audit(opt, every=1, model=model)
         opt.step()
@@ -70,6 +79,57 @@ def test_what_is_tried_is_what_collages_own_step_then_does() -> None:
             came = audit.report()["modules"][row.module]["edq_ratio"]
             # Two draws of the random bits differ; the share that is kept does not by more than this.
             assert row.trials[name].edq_ratio == pytest.approx(came, abs=0.03), name
+
+
+def test_strategies_in_tiles_are_tried_where_they_are_named_or_the_model_is_in_tiles() -> None:
+    model, opt = trained(torch.optim.AdamW, lr=1e-2, beta2=0.95)
+    row = collage.advise(model, opt, candidates=["fp8", "naive-fp8", "plus"]).rows[0]
+    assert row.strategy == "fp8"
+    assert list(row.trials) == ["naive-fp8", "fp8", "plus"]
+    # A scale for 64 elements of each moment: rows are no longer.
+    assert row.trials["fp8"].bytes_per_param == 6 + 2 * 4 / 64 + 1 / (128 * 64)
+    assert row.trials["naive-fp8"].edq_ratio < 0.5
+    assert not any(collage.strategies()[name].param.borne for name in collage.advise(model, opt).rows[0].trials)
+    make = lambda p, **o: collage.AdamW(p, strategy="fp8", **o)  # noqa: E731
+    model, opt = trained(make, lr=1e-2, beta2=0.95, tiles="fp8")
+    advice = collage.advise(model, opt)
+    assert {"fp8", "fp8-native", "fp8-3", "light"} <= set(advice.rows[0].trials)
+    assert "naive-fp8" not in advice.rows[0].trials
+
+
+def test_tiles_are_tried_on_samples_that_are_no_whole_rows() -> None:
+    model = nn.Linear(320, 60, bias=False).to(torch.bfloat16)
+    # Far below the smallest number of e4m3, 2**-9: a tile without its scale would hold zeros.
+    model.weight.data.copy_(values((60, 320), 0, spread=1e-5))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-7)
+    for seed in (1, 2, 3):
+        model.weight.grad = values((60, 320), seed)
+        opt.step()
+    in_tiles = [name for name, strategy in collage.strategies().items() if strategy.param.borne]
+    whole, sampled = (
+        collage.advise(model, opt, candidates=in_tiles, memory=memory).rows[0].trials for memory in (None, 1 << 16)
+    )
+    for name in in_tiles:
+        assert sampled[name].noise != whole[name].noise
+        assert sampled[name].edq_ratio == pytest.approx(whole[name].edq_ratio, abs=0.05), name
+        assert (whole[name].edq_ratio > 0.9) == (name != "naive-fp8")
+
+
+def test_advice_is_no_parameter_groups_for_parameters_that_are_kept_otherwise() -> None:
+    model, opt = trained(torch.optim.AdamW, lr=1e-2, beta2=0.95)
+    advice = collage.advise(model, opt, candidates=["fp8"])
+    with pytest.raises(ValueError, match=r"keeps parameter 'large.weight' in tiles, .*to_fp8_\(.*'large'\), 'fp8'\)"):
+        advice.param_groups(model)
+    collage.to_fp8_(model)
+    (group,) = advice.param_groups(model)
+    own = collage.AdamW([group])
+    set_gradients(model, 3)
+    own.step()
+    other = collage.advise(model, own, candidates=["light"], bound=0.0, decay_bound=-1)
+    with pytest.raises(
+        ValueError, match=r"'light' cannot keep parameter 'large.weight', which is in tiles of Remainder"
+    ):
+        other.param_groups(model)
 
 
 def test_stochastic_rounding_of_a_lone_weight_is_refused_for_its_noise() -> None:
@@ -160,7 +220,5 @@ def test_what_cannot_be_advised_on_is_refused() -> None:
         param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match="needs an optimizer with Adam's moments"):
         collage.advise(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="strategy 'fp8' keeps weights in tiles"):
-        collage.advise(model, torch.optim.AdamW(model.parameters()), candidates=["fp8"])
     with pytest.raises(ValueError, match="no strategy is called 'fast'"):
         collage.advise(model, torch.optim.AdamW(model.parameters()), candidates=["fast"])

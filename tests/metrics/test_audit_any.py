@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 import collage
-from collage.metrics import comparison, watch
-from comparing import bits, values
+from collage.metrics import comparison, copies, figures, watch
+from collage.metrics.copies import Row
+from collage.metrics.watch import Watch
+from comparing import Keeper, bits, parameter, values
 
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "for-loop": {"foreach": False, "fused": False},
@@ -349,17 +352,99 @@ def test_the_figures_from_outside_of_collages_own_step_agree_with_its_sums(strat
         assert detailed["decay_lost_fraction"] < 0.7
 
 
-def test_parameters_in_tiles_have_the_sums_of_their_step_alone() -> None:
-    net = collage.to_fp8_(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)))
-    opt = collage.AdamW(net.named_parameters(), lr=1e-3, strategy="fp8")
-    audit = collage.audit(opt, every=1, details=True)
-    for place, param in enumerate(net.parameters()):
-        param.grad = values(tuple(param.shape), place)
-    opt.step()
-    modules = audit.report()["modules"]
-    assert (modules["0"]["replayed"], modules["1"]["replayed"]) == (False, True)
-    assert "a parameter in tiles is not looked at from outside" in modules["0"]["reasons"]
-    assert modules["0"]["edq_ratio"] == pytest.approx(1.0, abs=0.1)
+TILED = [name for name, strategy in collage.strategies().items() if strategy.param.borne]
+
+
+def watched(param: Any, opt: Optimizer, steps: int, memory: int | None = None) -> tuple[Row, dict[str, float], Tensor]:
+    """The row of the last of some steps on a parameter in tiles, its further figures, and its value before that."""
+    rows: list[Row] = []
+    looking = Watch(opt, lambda _: True, lambda _, seen: rows.extend(seen), memory)
+    before = param.exact(torch.float64)
+    for seed in range(1, steps + 1):
+        before = param.exact(torch.float64)
+        step_with(opt, seed)
+    looking.detach()
+    more = rows[-1].more
+    assert more is not None
+    return rows[-1], dict(zip(figures.MORE, more.tolist(), strict=True)), before
+
+
+# A last tile that is less high, and rows that no power of two divides.
+@pytest.mark.parametrize("shape", [(150, 122), (64, 64)])
+@pytest.mark.parametrize("strategy", TILED)
+def test_of_a_parameter_in_tiles_the_whole_value_is_looked_at(strategy: str, shape: tuple[int, int]) -> None:
+    param: Any = parameter(values(shape, 0), strategy)
+    opt = collage.AdamW([param], lr=1e-4, weight_decay=0.1, strategy=strategy)
+    keeper = Keeper()
+    opt.add_observer(keeper)
+    for seed in (5, 6):
+        step_with(opt, seed)
+    # The same step without weight decay.
+    other, without = copy.deepcopy((param, opt))
+    without.param_groups[0]["weight_decay"] = 0.0
+    step_with(without, 1)
+    row, more, before = watched(param, opt, 1)
+    after = param.exact(torch.float64)
+    moved, still = after - before, other.exact(torch.float64) == after
+    assert row.reason is None
+    assert more["moved_squared"] == pytest.approx(float(moved.square().sum()), rel=1e-12)
+    assert (more["seen"], more["unchanged"]) == (moved.numel(), (moved == 0).sum())
+    assert (more["decayed"], more["lost_weight_decays"]) == ((before != 0).sum(), (still & (before != 0)).sum())
+    # As the very step has them, whose update is of float32.
+    assert row.sums is not None
+    assert torch.equal(row.sums[3:], keeper.rows[-1].sums[3:])
+    assert row.sums[:3].tolist() == pytest.approx(keeper.rows[-1].sums[:3].tolist(), rel=1e-6)
+
+
+def test_updates_of_a_parameter_in_tiles_are_counted_in_units_of_bfloat16() -> None:
+    param: Any = parameter(torch.ones(64, 64, dtype=torch.bfloat16), "fp8")
+    param.grad = torch.full((64, 64), 2.0**-7, dtype=torch.bfloat16)
+    param.grad[0] = 2.0**-9
+    histogram = total_of_one(torch.optim.SGD([param], lr=1.0, foreach=False))["update_ulps"]
+    assert histogram["log2"] == [-2, -1, 0]
+    assert histogram["elements"] == [64, 0, 64 * 63]
+
+
+@pytest.mark.parametrize("strategy", TILED)
+def test_pieces_cut_no_row_of_a_tile(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Scales that differ from row to row, and pieces that are no multiple of 122 elements.
+    start = values((90, 122), 0) * torch.exp2(torch.arange(90.0) % 7)[:, None]
+    form = replace(parameter(start.bfloat16(), strategy).form, rows=1)  # type: ignore[attr-defined]
+    param: Any = nn.Parameter(collage.TiledTensor.of(start, form))
+    opt = collage.AdamW([param], lr=1e-3, strategy=strategy)
+    monkeypatch.setattr(copies, "PIECE", 1000)
+    _, more, before = watched(param, opt, 2)
+    moved = param.exact(torch.float64) - before
+    assert more["moved_squared"] == pytest.approx(float(moved.square().sum()), rel=1e-12)
+    assert (more["seen"], more["unchanged"]) == (moved.numel(), (moved == 0).sum())
+    for begin, end in (*copies.runs(90 * 122, 1.0, 122), *copies.runs(900 * 122, 0.1, 122)):
+        assert begin % 122 == end % 122 == 0
+
+
+@pytest.mark.parametrize("strategy", TILED)
+def test_a_memory_bound_samples_whole_rows_of_tiles(strategy: str) -> None:
+    found = []
+    for memory in (None, 1 << 18):
+        param: Any = parameter(values((600, 122), 0), strategy)
+        opt = collage.AdamW([param], lr=1e-3, strategy=strategy)
+        found.append(watched(param, opt, 2, memory))
+    (whole, all_of_it, _), (sampled, some, _) = found
+    assert some["seen"] == all_of_it["seen"]
+    assert (some["decayed"], all_of_it["decayed"]) == (0, all_of_it["seen"])
+    assert whole.sums is not None
+    assert sampled.sums is not None
+    assert sampled.sums[:6].tolist() == pytest.approx(whole.sums[:6].tolist(), rel=0.1, abs=300)
+
+
+def test_another_optimizer_is_seen_to_lose_what_it_writes_into_tiles() -> None:
+    param: Any = parameter(values((64, 96), 0), "fp8")
+    opt = torch.optim.AdamW([param], lr=1e-4, foreach=False)
+    row, more, before = watched(param, opt, 2)
+    moved = param.exact(torch.float64) - before
+    assert more["moved_squared"] == pytest.approx(float(moved.square().sum()), rel=1e-12)
+    assert (more["unchanged"], more["decayed"]) == ((moved == 0).sum(), 0)
+    assert row.sums is not None
+    assert 0.5 < row.sums[0] / row.sums[2] < 1.5
 
 
 def test_subnormal_and_saturated_weights_are_counted_and_so_are_second_moments_that_underflow() -> None:

@@ -7,42 +7,21 @@ adding what the step intends, and looking at what came out. No rule of thumb sta
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from collage.kernels import total
 from collage.metrics.audit import inner_optimizers
-from collage.metrics.comparison import Sample
+from collage.metrics.trials import Trial, Trials, layout_for, module_of, weights_of
 from collage.metrics.watch import Watch
-from collage.numerics import random_bits
 from collage.optim import Strategy, strategies
-from collage.storage import Storage
+from collage.storage import form_of
 
 # Those that are for study alone, or that 16-bit training does not need.
-_NOT_ADVISED = ("naive-8bit", "fp32", "light-nearest", "plus-nearest", "kahan")
-
-
-@dataclass
-class Trial:
-    """What a strategy made of a module's updates.
-
-    Attributes:
-        edq_ratio: <e, u> / ||u||^2 with e what the strategy stored of u; None without an update.
-        decay_kept: of the distance by which second moments should have shrunk, the share by which they did; None where
-            none should have.
-        noise: ||e - u|| / ||u||: what rounding adds beside the update, lost or unbiased.
-        bytes_per_param: of the strategy, gradient included.
-    """
-
-    edq_ratio: float | None
-    decay_kept: float | None
-    noise: float | None
-    bytes_per_param: float
+_NOT_ADVISED = ("naive-8bit", "naive-fp8", "fp32", "light-nearest", "plus-nearest", "kahan")
 
 
 @dataclass
@@ -88,16 +67,20 @@ class Advice:
         """Parameter groups for :class:`collage.AdamW`, one for each strategy, with named parameters.
 
         Raises:
-            ValueError: a parameter of the model that was not tried, or for which no strategy held the bounds.
+            ValueError: a parameter of the model that was not tried, or for which no strategy held the bounds, or one in
+                tiles whose strategy keeps none, or the other way round.
         """
         advised = {row.module: row.strategy for row in self.rows}
         groups: dict[str, list[tuple[str, Tensor]]] = {}
+        known, weights = strategies(), weights_of(model)
         for name, param in model.named_parameters():
-            strategy = advised.get(_module_of(name))
+            strategy = advised.get(module_of(name))
             if strategy is None:
                 raise ValueError(
                     f"there is no strategy for parameter {name!r}: it took no step, or none held the bounds"
                 )
+            if strategy in known:
+                _check_form(name, param, known[strategy], weights)
             groups.setdefault(strategy, []).append((name, param))
         return [{"params": params, "strategy": strategy} for strategy, params in groups.items()]
 
@@ -142,7 +125,9 @@ def advise(
         decay_bound: the least share of the second moment's decay that must be kept.
         noise_bound: the largest noise: stochastic rounding of a lone parameter keeps updates on average, and adds many
             times their length.
-        candidates: the strategies to choose from. None: those that are meant for training in 16 bits.
+        candidates: the strategies to choose from. None: those that are meant for training in 16 bits, and where the
+            model has parameters in tiles, those that keep such. One that is named is also tried for what
+            :func:`collage.to_fp8_` would put into tiles.
         dtype: of the model's parameters; float32 ones are tried as rounded to it.
         memory: bytes of copies; of larger models evenly spaced elements are tried.
         seed: of the stochastic roundings.
@@ -150,7 +135,7 @@ def advise(
     Raises:
         ValueError: no gradients, a step that could not be replayed, an optimizer without Adam's moments.
     """
-    tried = _Trials(model, dtype, list(_chosen(candidates, dtype)), seed)
+    tried = Trials(model, dtype, list(_chosen(candidates, dtype, model)), seed)
     watches = [
         Watch(each, lambda _: True, lambda *_: None, memory, sink=tried.add) for each in inner_optimizers(optimizer)
     ]
@@ -169,20 +154,20 @@ def advise(
             "no step could be replayed: advise takes Adam or AdamW and its kin, after a backward pass, or take_step="
         )
     bounds = (bound, decay_bound, noise_bound)
-    rows = [tried.row(name, bounds) for name in tried.modules]
+    rows = [_row(name, *tried.of(name), bounds) for name in tried.modules]
     return Advice(rows, bound, dtype, steps if take_step is not None else 1)
 
 
-def _chosen(candidates: Iterable[str | Strategy] | None, dtype: torch.dtype) -> Iterable[Strategy]:
+def _chosen(candidates: Iterable[str | Strategy] | None, dtype: torch.dtype, model: nn.Module) -> Iterable[Strategy]:
     known = strategies()
-    found = [name for name in known if name not in _NOT_ADVISED] if candidates is None else candidates
+    in_tiles = any(form_of(param) is not None for param in model.parameters())
+    meant = [each for each in known if each not in _NOT_ADVISED and (in_tiles or not known[each].param.borne)]
+    found = meant if candidates is None else candidates
     for each in found:
         strategy = each if isinstance(each, Strategy) else known.get(each)
         if strategy is None:
             raise ValueError(f"no strategy is called {each!r}; there are {', '.join(known)}")
         try:
-            if strategy.param.borne:
-                raise ValueError(f"strategy {strategy.name!r} keeps weights in tiles, which advise does not try")
             strategy.layout(dtype)
         except ValueError:
             if candidates is not None:
@@ -191,110 +176,27 @@ def _chosen(candidates: Iterable[str | Strategy] | None, dtype: torch.dtype) -> 
         yield strategy
 
 
-# A decay is small beside the step of an 8-bit code: its mean over so many draws is looked at.
-_DRAWS = 8
-# Columns: <e,u>, <u,u>, <e-u,e-u>, the way that v shrank, the way that it should have.
-_COLUMNS = 5
-
-
-class _Trials:
-    """Sums of what each strategy did, by module."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype, chosen: Sequence[Strategy], seed: int) -> None:
-        self._names = {id(param): _module_of(name) for name, param in model.named_parameters()}
-        self._dtype, self._chosen, self._seed = dtype, chosen, seed
-        self.modules: dict[str, dict[str, Tensor]] = {}
-        self._elements: dict[str, dict[int, int]] = {}
-        self._bytes: dict[str, dict[str, dict[int, float]]] = {}
-        self._count = 0
-
-    def add(self, sample: Sample) -> None:
-        """Tries every strategy on one piece of a step."""
-        name = self._names.get(id(sample.param), "")
-        if sample.v is None or sample.m is None:
-            raise ValueError("advise needs an optimizer with Adam's moments (exp_avg, exp_avg_sq)")
-        self._count += 1
-        sums = self.modules.setdefault(
-            name, {each.name: torch.zeros(_COLUMNS, dtype=torch.float64) for each in self._chosen}
+def _check_form(name: str, param: Tensor, strategy: Strategy, weights: set[int]) -> None:
+    """Raises ValueError where the parameter is not what the strategy has been tried on: in its tiles, or in none."""
+    form = form_of(param)
+    if form is None and not strategy.param.borne:
+        return
+    wanted = layout_for(strategy, param.dtype, param, weights).param
+    if form is None and wanted.borne:
+        raise ValueError(
+            f"strategy {strategy.name!r} keeps parameter {name!r} in tiles, got an ordinary one; call "
+            f"collage.to_fp8_(model.get_submodule({name.rpartition('.')[0]!r}), {strategy.name!r}) first"
         )
-        key = id(sample.param)
-        self._elements.setdefault(name, {})[key] = sample.elements
-        for strategy in self._chosen:
-            layout = strategy.layout(self._dtype, sample.param.shape)
-            per = sum(storage.bytes_per_element(self._dtype) for _, storage in layout.roles) + self._dtype.itemsize
-            self._bytes.setdefault(name, {}).setdefault(strategy.name, {})[key] = per
-            sums[strategy.name] += sample.weight * self._try(layout, sample)
-
-    def _try(self, layout: Any, sample: Sample) -> Tensor:
-        # Whole blocks; which elements of a parameter share one makes no difference to a figure over all of them.
-        count = sample.u.numel() - sample.u.numel() % layout.block(self._dtype)
-        assert sample.m is not None
-        assert sample.v is not None
-        kept_m, _, _ = self._kept(layout.exp_avg, *(each[:count] for each in sample.m), draw=2)
-        kept_v, shrank, meant = self._kept(layout.exp_avg_sq, *(each[:count] for each in sample.v), draw=1)
-        # The update from the moments as this strategy keeps them: they are loaded before they are used.
-        m, v = (torch.cat([kept, all_[0][count:]]) for kept, all_ in ((kept_m, sample.m), (kept_v, sample.v)))
-        own, u = sample.update(m, v).to(torch.float32)[:count], sample.u[:count]
-        moved = self._moved(layout.param, sample.value[:count], own)
-        return torch.stack([total(moved * u), total(u * u), total((moved - u) ** 2), shrank, meant]).cpu()
-
-    def _moved(self, storage: Storage, value: Tensor, update: Tensor) -> Tensor:
-        """What a stored value moves when ``update`` is added to it."""
-        parts = self._parts(storage, value.numel(), value.device)
-        held = value.to(torch.float32)
-        scratch = torch.empty_like(held)
-        storage.store(held.clone(), parts, self._bits(storage, held, 4), scratch)
-        before = [part.clone() for part in parts]
-        storage.load(parts, held)
-        storage.add(parts, held, update.clone(), self._bits(storage, held, 0), scratch)
-        return storage.moved(parts, before)
-
-    def _kept(self, storage: Storage, old: Tensor, new: Tensor, draw: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The old moment as it is kept; by how much what shrinks did when the new one was stored, and should have."""
-        parts = self._parts(storage, old.numel(), old.device)
-        scratch = torch.empty(old.shape, dtype=torch.float32, device=old.device)
-        storage.store(old.to(torch.float32), parts, self._bits(storage, scratch, draw + 4), scratch)
-        held = storage.exact(parts)
-        # The step adds to what is kept.
-        wanted, way = held + (new - old), torch.zeros_like(held)
-        draws = _DRAWS if storage.stochastic else 1
-        for number in range(draws):
-            storage.store(wanted.to(torch.float32), parts, self._bits(storage, scratch, 8 * number + draw), scratch)
-            way += (storage.exact(parts) - held) / draws
-        shrinks = (new < old) & (old > 0)
-        zero = torch.zeros((), dtype=torch.float64, device=old.device)
-        return held, total(torch.where(shrinks, way, zero)), total(torch.where(shrinks, new - old, zero))
-
-    def _parts(self, storage: Storage, count: int, device: torch.device) -> list[Tensor]:
-        components = storage.components(self._dtype)
-        return [torch.zeros(-(-count // each.elements), dtype=each.dtype, device=device) for each in components]
-
-    def _bits(self, storage: Storage, like: Tensor, draw: int) -> Tensor | None:
-        if not storage.stochastic:
-            return None
-        return random_bits(self._seed, self._count, 1 + draw, 0, like.numel(), 0).to(like.device)
-
-    def row(self, name: str, bounds: tuple[float, float, float]) -> Row:
-        """The advice for a module."""
-        elements = sum(self._elements[name].values())
-        trials = {}
-        for strategy in self._chosen:
-            per = self._bytes[name][strategy.name]
-            whole = sum(each * self._elements[name][key] for key, each in per.items())
-            trials[strategy.name] = _trial(self.modules[name][strategy.name].tolist(), whole / max(1, elements))
-        trials = dict(sorted(trials.items(), key=lambda item: item[1].bytes_per_param))
-        holds = [each for each, trial in trials.items() if _holds(trial, *bounds)]
-        return Row(name, elements, holds[0] if holds else None, trials)
+    if form is not None and getattr(wanted, "of", None) != form.of:
+        raise ValueError(
+            f"strategy {strategy.name!r} cannot keep parameter {name!r}, which is in tiles of {form.of}; make the "
+            "model for the advised strategies anew, or give the one that collage.to_fp8_ was given as candidates="
+        )
 
 
-def _trial(sums: list[float], bytes_per_param: float) -> Trial:
-    moved, squares, noise, shrank, meant = sums
-    return Trial(
-        edq_ratio=moved / squares if squares else None,
-        decay_kept=shrank / meant if meant else None,
-        noise=math.sqrt(noise / squares) if squares else None,
-        bytes_per_param=bytes_per_param,
-    )
+def _row(name: str, elements: int, trials: dict[str, Trial], bounds: tuple[float, float, float]) -> Row:
+    holds = [each for each, trial in trials.items() if _holds(trial, *bounds)]
+    return Row(name, elements, holds[0] if holds else None, trials)
 
 
 def _holds(trial: Trial, bound: float, decay_bound: float, noise_bound: float) -> bool:
@@ -303,10 +205,6 @@ def _holds(trial: Trial, bound: float, decay_bound: float, noise_bound: float) -
     if trial.decay_kept is not None and not trial.decay_kept >= decay_bound:
         return False
     return trial.noise is None or trial.noise <= noise_bound
-
-
-def _module_of(parameter: str) -> str:
-    return parameter.rpartition(".")[0] or parameter
 
 
 def _figure(trial: Trial | None) -> str:

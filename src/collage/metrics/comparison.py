@@ -97,7 +97,7 @@ def _values(held: Held, piece: Piece, family: Family, after: list[Tensor], state
     value, replayed = family.intended(group, old_value, grad, widened(piece.state))
     u = _update(family, group, piece, old_value, value, grad)
     moved = storage.moved(new, piece.parts) if before is storage else storage.exact(new) - old_value.flatten()
-    old_hi, new_hi = (parts[0].to(torch.float64).view_as(u) for parts in (piece.parts, new))
+    old_hi, new_hi = before.seen(piece.parts).view_as(u), storage.seen(new).view_as(u)
     decayed, lost = _decay(family, held, piece, new, old_value)
     return figures.Values(
         u,
@@ -131,7 +131,9 @@ def _decay(
         family.stored(group, piece.parts, piece.grad, piece.raw, like, **changed)
         for changed in ({}, {"weight_decay": 0.0})
     )
-    same = [_equal(parts, new).view_as(value) for parts in (again, without)]
+    storage = family.storage(group, held.row.param)
+    flat = [[part.flatten() for part in parts] for parts in (again, without, new)]
+    same = [(storage.moved(parts, flat[-1]) == 0).view_as(value) for parts in flat[:-1]]
     return (value != 0) & same[0], same[1]
 
 
@@ -186,12 +188,3 @@ def _moments(
     stored = stored.to(torch.float64)
     old = piece.state.get(name)
     return (torch.zeros_like(stored) if old is None else old.to(torch.float64), stored, replayed[name])
-
-
-def _equal(parts: list[Tensor], others: list[Tensor]) -> Tensor:
-    """Where all components of an element agree."""
-    same = torch.ones(parts[0].numel(), dtype=torch.bool, device=parts[0].device)
-    for part, other in zip(parts, others, strict=True):
-        alike = (part.flatten() == other.flatten()).repeat_interleave(max(1, same.numel() // max(1, part.numel())))
-        same &= alike[: same.numel()]
-    return same

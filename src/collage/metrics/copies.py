@@ -11,6 +11,7 @@ from torch import Tensor
 
 from collage.metrics.family import Family
 from collage.optim.sharding import local
+from collage.storage import form_of
 
 # Elements that are replayed at a time, and the shortest run of them where a parameter is sampled: whole blocks of every
 # storage and of every vector unit.
@@ -91,6 +92,7 @@ def copied(held: Held, family: Family, scale: Tensor | None, start: int, end: in
 
     grad = cut(local(param.grad))
     repeatable = family.bits and scale is None and (whole or family.bits_of_pieces)
+    repeatable = repeatable and (family.bits_of_tiles or form_of(param) is None)
     state, raw = {name: cut(value) for name, value in family.state(param).items()}, None
     if repeatable:
         own = family.raw(param)
@@ -113,10 +115,12 @@ def cut_part(part: Tensor, elements: int, start: int, end: int, family: Family) 
     return part.reshape(-1)[start // each : -(-end // each)].clone()
 
 
-def runs(elements: int, share: float) -> list[tuple[int, int]]:
-    """Evenly spaced runs that hold this share of the elements; all of them, in pieces, where the share is 1."""
-    if share >= 1 or elements <= RUN:
-        return [(start, min(start + PIECE, elements)) for start in range(0, elements, PIECE)] or [(0, 0)]
-    count = max(1, int(elements * share) // RUN)
-    places = (elements // RUN) * torch.arange(count, dtype=torch.float64) / count
-    return [(int(place) * RUN, int(place) * RUN + RUN) for place in places.tolist()]
+def runs(elements: int, share: float, block: int) -> list[tuple[int, int]]:
+    """Evenly spaced runs that hold this share of the elements; all of them, in pieces, where the share is 1. No block
+    of so many elements is cut."""
+    piece, run = PIECE - PIECE % block, RUN + -RUN % block
+    if share >= 1 or elements <= run:
+        return [(start, min(start + piece, elements)) for start in range(0, elements, piece)] or [(0, 0)]
+    count = max(1, int(elements * share) // run)
+    places = (elements // run) * torch.arange(count, dtype=torch.float64) / count
+    return [(int(place) * run, int(place) * run + run) for place in places.tolist()]

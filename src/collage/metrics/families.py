@@ -12,12 +12,12 @@ from torch.optim.optimizer import Optimizer
 
 from collage.kernels import MOMENTS
 from collage.metrics import replay
-from collage.metrics.family import SERVED, Family
+from collage.metrics.family import SERVED, Family, parts_of
 from collage.numerics import Format, format_of
 from collage.optim import AdamW, Compensated
-from collage.optim.sharding import local
+from collage.optim.sharding import local, local_parts
 from collage.optim.strategies import layout_of
-from collage.storage import Kahan, Rounded, Storage, form_of
+from collage.storage import Kahan, Rounded, Storage, TiledTensor
 
 # Of a group of collage.AdamW, what its constructor takes and a step depends on.
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "strategy", "arithmetic", "backend", "maximize", "seed")
@@ -189,11 +189,7 @@ class Own(Mapped):
 
     bits = True
     bits_of_pieces = False
-
-    def refusal(self, group: dict[str, Any], param: Tensor) -> str | None:
-        """Tiles share scales: no run of elements can be looked at by itself."""
-        tiled = form_of(param) is not None
-        return "a parameter in tiles is not looked at from outside" if tiled else super().refusal(group, param)
+    bits_of_tiles = True
 
     def rule(self, group: dict[str, Any]) -> Callable[[list[Tensor]], Optimizer]:
         """AdamW."""
@@ -201,13 +197,15 @@ class Own(Mapped):
 
     def storage(self, group: dict[str, Any], param: Tensor) -> Storage:
         """The strategy's, once there is state."""
-        return layout_of(group["strategy"], param).param if self.optimizer.state.get(param) else Rounded()
+        layout, state = layout_of(group["strategy"], param), self.optimizer.state.get(param)
+        return super().storage(group, param) if layout.param.borne or not state else layout.param
 
     def parts(self, group: dict[str, Any], param: Tensor) -> list[Tensor]:
         """The strategy's components."""
-        state = self.optimizer.state.get(param)
-        whole = layout_of(group["strategy"], param).parts("param", param.detach(), state) if state else [param.detach()]
-        return list(map(local, whole))
+        layout, state = layout_of(group["strategy"], param), self.optimizer.state.get(param)
+        if layout.param.borne or not state:
+            return super().parts(group, param)
+        return local_parts(layout, param, state)["param"]
 
     def state(self, param: Tensor) -> dict[str, Any]:
         """The moments' values."""
@@ -244,7 +242,7 @@ class Own(Mapped):
     ) -> list[Tensor]:
         """By an optimizer of the same strategy: random bits are those of the step."""
         options = {**replay.group_copy(group), **changed}
-        param = torch.nn.Parameter(parts[0].clone().view(like.shape))
+        param = torch.nn.Parameter(_like(parts, like))
         twin = AdamW([param], **{name: value for name, value in options.items() if name in _OPTIONS})
         if raw:
             twin.state[param] = {name: value.clone() for name, value in raw.items()}
@@ -252,7 +250,8 @@ class Own(Mapped):
         # Not its step(), which runs the hooks that are registered for all optimizers.
         with torch.no_grad():
             twin.advance()
-        return [part.detach() for part in layout_of(group["strategy"], param).parts("param", param, twin.state[param])]
+        twins = Own(twin)
+        return twins.parts(twin.param_groups[0], param)
 
     def _group(self, param: Tensor) -> dict[str, Any]:
         return next(group for group in self.optimizer.param_groups if any(each is param for each in group["params"]))
@@ -274,6 +273,14 @@ def family_of(optimizer: Optimizer) -> Family:
         if root in roots and hasattr(optimizer, needs):
             return family(optimizer)
     return Family(optimizer)
+
+
+def _like(parts: list[Tensor], like: Tensor) -> Tensor:
+    """What keeps copies of these components, which are as :func:`parts_of` gives them, as ``like`` keeps its own."""
+    if not isinstance(like, TiledTensor):
+        return parts[0].clone().view(like.shape)
+    shaped = [part.clone().view(its.shape) for part, its in zip(parts, parts_of(like), strict=True)]
+    return like.with_parts([*shaped[:-1], shaped[-1][:: like.form.rows].contiguous()])
 
 
 def _dequantized(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 from collage.metrics import replay
 from collage.numerics import Format, format_of
 from collage.optim.sharding import is_sharded, local
-from collage.storage import Rounded, Storage
+from collage.storage import Rounded, Storage, TiledTensor, form_of
 
 # Rules of torch.optim and of optimi that treat each element by itself: any run of elements may be replayed alone.
 ELEMENTWISE = {
@@ -32,11 +33,13 @@ class Family:
         known: whether its rule is known to do the same in float64; what others do is checked after each replay.
         bits: whether :meth:`stored` can repeat a step's bits.
         bits_of_pieces: whether it can for some of a parameter's elements alone.
+        bits_of_tiles: whether it can for parameters in tiles.
     """
 
     known = False
     bits = True
     bits_of_pieces = True
+    bits_of_tiles = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -58,12 +61,14 @@ class Family:
         return f"its state {odd[0]!r} is quantised in a way not known here" if odd else None
 
     def storage(self, group: dict[str, Any], param: Tensor) -> Storage:
-        """How the parameter's value is kept."""
-        return Rounded()
+        """How the parameter's value is kept; tiles as :func:`parts_of` gives them."""
+        form = form_of(param)
+        # A row of a tile and its scale are all that an element's value depends on.
+        return Rounded() if form is None else replace(form, rows=1, width=form.columns)
 
     def parts(self, group: dict[str, Any], param: Tensor) -> list[Tensor]:
         """The components of the value, leading one first."""
-        return [local(param.detach())]
+        return parts_of(local(param.detach()))
 
     def state(self, param: Tensor) -> dict[str, Any]:
         """The state, under the names of the rule that replays it."""
@@ -101,6 +106,14 @@ class Family:
         ``parts`` and ``grad`` are those of a piece of the parameter ``like``, flat where rules are elementwise.
         """
         return [replay.as_it_is(self.optimizer, group, parts[0], grad, raw, **changed)]
+
+
+def parts_of(here: Tensor) -> list[Tensor]:
+    """A parameter's own components: itself, or those of tiles, with a scale for each row of each."""
+    if not isinstance(here, TiledTensor):
+        return [here]
+    *numbers, scale = here.parts
+    return [*numbers, scale.repeat_interleave(here.form.rows, 0)[: len(here.hi)]]
 
 
 def qualified(optimizer: object) -> str:

@@ -6,6 +6,7 @@ once the step has been compared nothing is held.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from collage.metrics import figures
 from collage.metrics.comparison import Sample, compared, sampled
 from collage.metrics.copies import Held, Row, Rows, bytes_of, copied, runs
 from collage.metrics.families import family_of
+from collage.metrics.family import Family
 from collage.metrics.replay import group_copy
 from collage.optim.sharding import local
 
@@ -171,7 +173,10 @@ class Watch:
             if each.reason or family is None:
                 continue
             if family.elementwise:
-                each.pieces = [copied(each, family, scale, *bounds) for bounds in runs(each.row.elements, share)]
+                each.pieces = [
+                    copied(each, family, scale, *bounds)
+                    for bounds in runs(each.row.elements, share, self._block(family, each))
+                ]
             elif size <= room:
                 each.pieces = [copied(each, family, scale, 0, each.row.elements)]
                 room -= size
@@ -180,6 +185,12 @@ class Watch:
                     f"its rule needs the whole parameter, {size} bytes of copies, which memory= does not allow"
                 )
         self._held = members
+
+    @staticmethod
+    def _block(family: Family, held: Held) -> int:
+        """Elements that share entries of the parameter's components."""
+        storage = family.storage(held.options, held.row.param)
+        return math.lcm(*(each.elements for each in storage.components(held.row.param.dtype)))
 
     def _members(self) -> Iterator[Held]:
         """Every parameter that has a gradient."""
