@@ -23,9 +23,15 @@ ENVIRONMENT = {
 }
 
 
-@pytest.mark.parametrize(("worker", "strategies"), [(WORKER, LOW), (FP8_WORKER, FP8)], ids=["any", "tiles"])
-def test_two_processes_with_sharded_parameters_have_the_bits_of_one(worker: Path, strategies: list[str]) -> None:
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+@pytest.mark.parametrize(
+    ("worker", "strategies", "processes"),
+    [(WORKER, LOW, 2), (FP8_WORKER, FP8, 2), (FP8_WORKER, FP8[:1], 1)],
+    ids=["any", "tiles", "tiles in a process that is alone"],
+)
+def test_processes_with_sharded_parameters_have_the_bits_of_one(
+    worker: Path, strategies: list[str], processes: int
+) -> None:
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *run, str(worker), *strategies]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr

@@ -165,9 +165,12 @@ class TiledTensor(Tensor):
         self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:
         """Bytes of this process's rows. Where the processes have unequal numbers of rows, FSDP pads tensors of the
-        parameter's own shape alone, and the scales, which are few, are gathered at once."""
+        parameter's own shape alone, and the scales, which are few, are gathered at once. A process that is alone has
+        all; FSDP then copies the first tensor, and no other."""
         world = mesh.size()
         *numbers, scale = (part.view(torch.uint8) for part in self.parts)
+        if world == 1:
+            return (scale,), None
         if outer_size[0] % world == 0:
             return (*numbers, scale), None
         rows = -(-outer_size[0] // world)
@@ -181,17 +184,21 @@ class TiledTensor(Tensor):
         self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
         """The whole parameter around the gathered bytes."""
+        alone = len(outputs) == 1
         if metadata is not None:
             scale, rows = metadata
             outputs = (*(each[:rows] for each in outputs), scale[: -(-rows // self.form.rows)])
         if out is not None:
             whole = getattr(out, "_local_tensor", out)
             assert isinstance(whole, TiledTensor), "FSDP hands back what it was given"
+            if alone:
+                for name, part in zip(self.part_names, self.parts, strict=True):
+                    setattr(whole, name, part)
             if metadata is not None:
                 whole.scale.copy_(outputs[-1])
             return None
         dtypes = (component.dtype for component in self.form.components(torch.bfloat16))
-        parts = [each.view(dtype) for each, dtype in zip(outputs, dtypes, strict=True)]
+        parts = self.parts if alone else [each.view(dtype) for each, dtype in zip(outputs, dtypes, strict=True)]
         return self.with_parts(parts), outputs
 
     hi: Tensor
