@@ -237,10 +237,13 @@ def test_activations_are_rounded_as_defined(width: int, columns: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tile", [128, (1, 128)], ids=str)
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(256, 512, 384), (5, 640, 128), (1, 128, 256)])
-def test_products_of_float8_numbers_are_those_of_their_values(rows: int, inputs: int, outputs: int, bias: bool) -> None:
+def test_products_of_float8_numbers_are_those_of_their_values(
+    rows: int, inputs: int, outputs: int, tile: int | tuple[int, int], bias: bool
+) -> None:
     torch.manual_seed(0)
-    net = collage.to_fp8_(torch.nn.Linear(inputs, outputs, bias=bias), forward="fp8").cuda()
+    net = collage.to_fp8_(torch.nn.Linear(inputs, outputs, bias=bias), forward="fp8", tile=tile).cuda()
     if not matmul.multiplies_in_float8(net.weight):
         pytest.skip("needs float8 products with scales per 128 x 128: Hopper, CUDA 12.9")
     x = values((rows, inputs), 1).cuda()

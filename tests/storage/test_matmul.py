@@ -16,9 +16,9 @@ from collage.storage.matmul import rounded
 from comparing import values
 
 
-def layer(inputs: int = 256, outputs: int = 128, bias: bool = False, forward: str = "fp8") -> Any:
+def layer(inputs: int = 256, outputs: int = 128, bias: bool = False, forward: str = "fp8", tile: Any = 128) -> Any:
     torch.manual_seed(0)
-    return collage.to_fp8_(nn.Linear(inputs, outputs, bias=bias), forward=forward)
+    return collage.to_fp8_(nn.Linear(inputs, outputs, bias=bias), forward=forward, tile=tile)
 
 
 def by_hand(x: Tensor, columns: int) -> Tensor:
@@ -121,27 +121,33 @@ def as_the_library_documents(
     (m, k), n = a.shape, b.shape[1]
     blocks = -(-k // 128)
     padded = -(-blocks // 4) * 4
-    assert (of_a, of_b) == (functional.ScalingType.BlockWise1x128, functional.ScalingType.BlockWise128x128)
+    square = of_b == functional.ScalingType.BlockWise128x128
+    assert of_a == functional.ScalingType.BlockWise1x128
+    assert square or of_b == of_a
     assert a.dtype == b.dtype == torch.float8_e4m3fn
     assert scale_a.dtype == scale_b.dtype == torch.float32
     assert a.is_contiguous()
     assert b.t().is_contiguous()
-    assert m % 4 == k % 128 == n % 128 == 0
-    for scale, shape in ((scale_a, (m, blocks)), (scale_b, (padded, n // 128))):
+    assert m % 4 == k % 128 == n % (128 if square else 16) == 0
+    for scale, shape in ((scale_a, (m, blocks)), (scale_b, (padded, n // 128) if square else (n, blocks))):
         assert scale.shape == shape
         # The stride from a column to the next is free where there is one column.
         assert scale.stride(0) == 1
         assert scale.stride(1) == shape[0] or shape[1] == 1
     left = a.double() * scale_a.double().repeat_interleave(128, 1)
-    right = b.double() * scale_b.double()[:blocks].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    powers = scale_b.double()[:blocks].repeat_interleave(128, 1) if square else scale_b.double().t()
+    right = b.double() * powers.repeat_interleave(128, 0)
     found = left @ right
     return (found if bias is None else found + bias.double()).to(output_dtype)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(8, 256, 128), (5, 640, 256), (1, 128, 384), (0, 128, 128)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "tile"),
+    [(8, 256, 128, 128), (5, 640, 256, 128), (1, 128, 384, 128), (0, 128, 128, 128), (5, 640, 144, (1, 128))],
+)
 def test_the_library_is_handed_what_it_documents(
-    rows: int, inputs: int, outputs: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, inputs: int, outputs: int, tile: Any, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -149,7 +155,7 @@ def test_the_library_is_handed_what_it_documents(
         calls.append(args)
         return as_the_library_documents(*args, **kwargs)
 
-    net, x = layer(inputs, outputs, bias), values((rows, inputs), 10)
+    net, x = layer(inputs, outputs, bias, tile=tile), values((rows, inputs), 10)
     net.weight.data.mul_(torch.logspace(-8, 8, outputs, base=2.0)[:, None])
     wanted = by_hand(x, 128) @ net.weight.detach().dequantize().double().t()
     if bias:
@@ -168,10 +174,10 @@ def test_the_library_is_handed_what_it_documents(
         lambda: layer(256, 192),
         lambda: layer(192, 128),
         lambda: layer(forward="hi"),
-        lambda: collage.to_fp8_(nn.Linear(256, 128), tile=64, forward="fp8"),
-        lambda: collage.to_fp8_(nn.Linear(256, 128), tile=(1, 128), forward="fp8"),
+        lambda: layer(tile=64),
+        lambda: layer(outputs=136, tile=(1, 128)),
     ],
-    ids=["a last tile is less high", "no tiles of 128", "reads hi", "tiles of 64", "tiles of one row"],
+    ids=["a last tile is less high", "no tiles of 128", "reads hi", "tiles of 64", "not sixteen rows"],
 )
 def test_other_tiles_and_other_models_are_not_for_the_library(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_has_float8_products", lambda device: True)

@@ -43,7 +43,7 @@ def test_an_unknown_setting_is_named_with_its_neighbour() -> None:
         ({"batch_size": 6, "micro_batch": 4}, r"micro_batch must be a divisor of batch_size \(6\), got 4"),
         ({"vocab_size": 300}, "vocab_size must be 257 with the byte tokenizer, got 300; use tokenizer bpe"),
         ({"arithmetic": "working", "strategy": "plus"}, "with arithmetic working, got 'plus'"),
-        ({"forward": "lo", "strategy": "fp8"}, "forward must be one of value, hi, got 'lo'"),
+        ({"forward": "lo", "strategy": "fp8"}, "forward must be one of value, hi, fp8, got 'lo'"),
         ({"forward": "hi"}, "strategy must be one of fp8, .* with forward hi, got 'plus'"),
     ],
 )

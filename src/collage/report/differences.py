@@ -15,7 +15,7 @@ from collage.report.wording import MISSING
 SECTIONS = ("model", "corpus", "storage", "source", "versions")
 """Objects in run.json whose entries are compared one by one; the settings are compared too."""
 
-ENTRIES = ("arithmetic", "products", "device", "threads", "commit")
+ENTRIES = ("arithmetic", "products", "products_in_float8", "device", "threads", "commit")
 """Other entries of run.json that are compared."""
 
 LEFT_OUT = ("seed", "strategy")

@@ -2,7 +2,7 @@
 
 The other factor, activations, is rounded to e4m3 as well, with a power of two per row and tile's width; the product is
 that of the two, added up in float32. Both factors are bfloat16 numbers too, so that every device can multiply them;
-where it multiplies float8 numbers, and takes their scales in tiles of 128, it is handed the bytes.
+where it multiplies float8 numbers, and takes their scales for 128 at a time, it is handed the bytes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from collage.storage.tiled import Tiled
 ROUNDERS: dict[str, Callable[[Tensor, Tiled], Parts | None]] = {}
 # The scales of Hopper's products: per 128 of a row, and per 128 x 128; CUDA's library has them from 12.9 on.
 _SIDE, _CAPABILITY, _CUDA = 128, (9, 0), (12, 9)
-# The library wants rows of activations, and blocks along a row of weights, in fours.
+# The library wants rows of activations, and blocks along a row of square tiles, in fours; weights in whole square
+# tiles, or else rows of them in sixteens.
 _ROWS = _BLOCKS = 4
+_HEIGHTS = {_SIDE: _SIDE, 1: 16}
 
 
 def rounded(x: Tensor, columns: int) -> TiledTensor:
@@ -54,9 +56,9 @@ def product(func: Any, bias: Tensor | None, x: Tensor, weight: TiledTensor, kwar
 
 def multiplies_in_float8(weight: TiledTensor) -> bool:
     """Whether products with it are of float8 numbers on its device: on NVIDIA's Hopper with CUDA 12.9 or later, of
-    e4m3 in tiles of 128 x 128 that are all whole."""
-    form = weight.form
-    fits = (form.rows, form.columns) == (_SIDE, _SIDE) and weight.hi.shape[0] % _SIDE == 0
+    e4m3 in tiles of 128 x 128 that are all whole, or of 1 x 128."""
+    form, rows = weight.form, weight.hi.shape[0]
+    fits = form.columns == _SIDE and form.rows in _HEIGHTS and rows % _HEIGHTS[form.rows] == 0
     return weight.forward == "fp8" and fits and form.format == E4M3FN and _has_float8_products(weight.device)
 
 
@@ -69,20 +71,18 @@ def _has_float8_products(device: torch.device) -> bool:
 
 
 def _in_float8(x: TiledTensor, weight: TiledTensor, bias: Tensor | None) -> Tensor:
-    """The bytes and the scales as the library wants them: along the rows of activations, and along a row of weights,
-    the next scale is the next in memory."""
+    """The bytes and the scales as the library wants them: of a row at a time, the next row's scale is the next in
+    memory; of square tiles, that of the row's next tile."""
     rows, blocks = x.shape[0], weight.scale.shape[1]
     codes, scale = _padded(x.hi, -rows % _ROWS), _padded(x.scale, -rows % _ROWS)
-    weight_scale = functional.pad(weight.scale, (0, -blocks % _BLOCKS))
+    of_rows, of_tiles = functional.ScalingType.BlockWise1x128, functional.ScalingType.BlockWise128x128
+    if weight.form.rows == 1:
+        weight_scale, of_weight = _powers(weight.scale.t().contiguous()).t(), of_rows
+    else:
+        weight_scale, of_weight = _powers(functional.pad(weight.scale, (0, -blocks % _BLOCKS))).t(), of_tiles
+    scale = _powers(scale.t().contiguous()).t()
     found = functional.scaled_mm(
-        codes,
-        weight.hi.t(),
-        _powers(scale.t().contiguous()).t(),
-        functional.ScalingType.BlockWise1x128,
-        _powers(weight_scale).t(),
-        functional.ScalingType.BlockWise128x128,
-        bias=bias,
-        output_dtype=torch.bfloat16,
+        *(codes, weight.hi.t(), scale, of_rows, weight_scale, of_weight), bias=bias, output_dtype=torch.bfloat16
     )
     return found[:rows]
 

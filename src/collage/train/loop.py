@@ -85,6 +85,8 @@ class _Loop:
         display.say(f"{run_title(record)}, in {self.folder.out}")
         if self.setup.info.tokenizer_note:
             display.warn(self.setup.info.tokenizer_note)
+        if self.setup.in_float8 is not None:
+            display.say(f"{self.setup.in_float8} are multiplied in float8 here, the others' factors in bfloat16")
         if config.from_checkpoint is not None:
             display.say(start_text(record))
         try:

@@ -11,14 +11,25 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from collage.optim.sharding import local
 from collage.storage import TiledTensor
+from collage.storage.matmul import multiplies_in_float8
 from collage.storage.operations import dispatch
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
 NATIVE, WIDENED = "native", "float32, rounded"
+
+
+def in_float8(model: nn.Module) -> str | None:
+    """How many of the weights whose products the model wants in float8 the device multiplies so; None where it wants
+    none."""
+    linear = (module.weight for module in model.modules() if isinstance(module, nn.Linear))
+    wanted = [weight for each in linear if getattr(weight := local(each), "forward", None) == "fp8"]
+    return f"{sum(map(multiplies_in_float8, wanted))} of {len(wanted)} weights" if wanted else None
 
 
 def products(device: torch.device, dtype: torch.dtype) -> str:

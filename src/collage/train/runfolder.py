@@ -50,6 +50,8 @@ class RunFolder:
         facts = {"command": command, "corpus": setup.info.to_json(), "init_sha256": setup.fresh_sha256}
         facts |= {"products": setup.products, "objective": setup.objective.facts()}
         facts |= {"processes": setup.processes, "sharded": setup.sharded}
+        if setup.in_float8 is not None:
+            facts["products_in_float8"] = setup.in_float8
         if config.from_checkpoint is not None:
             facts |= self._continue() if reached is None else _earlier_start(out)
             self.order_seed = continuation.order_seed(facts["init_sha256"], config.seed)

@@ -15,7 +15,7 @@ from collage.train.config import TrainConfig, UserError
 from collage.train.data import Corpus, load_corpus, prepare_corpus
 from collage.train.models import MODELS, attention_for, build_model, parameter_groups
 from collage.train.objectives import objective_for
-from collage.train.products import products
+from collage.train.products import in_float8, products
 
 if TYPE_CHECKING:
     from collage.train.classification import FineTuning
@@ -35,6 +35,7 @@ class RunSetup:
         micro_batch: sequences per forward pass in this process.
         share: this process's part of a batch.
         products: how matrices are multiplied (`products.products`).
+        in_float8: how many weights are multiplied in float8 (`products.in_float8`).
         info, tokenizer_json: of the text.
         objective: what is learned of the text, and its batches.
         weights: the model as transformers has it; `model` is what is called, wrapped where processes add up gradients.
@@ -73,6 +74,7 @@ class RunSetup:
         self.weights, self.dropout = self._fresh_model(tuning)
         self.fresh_sha256 = runfiles.weights_sha256(self.weights)
         self._place_weights()
+        self.in_float8 = in_float8(self.weights)
         self.optimizer = collage.AdamW(
             parameter_groups(self.weights, config.weight_decay),
             lr=config.lr,
