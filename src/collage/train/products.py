@@ -27,8 +27,8 @@ NATIVE, WIDENED = "native", "float32, rounded"
 def in_float8(model: nn.Module) -> str | None:
     """How many of the weights whose products the model wants in float8 the device multiplies so; None where it wants
     none."""
-    linear = (module.weight for module in model.modules() if isinstance(module, nn.Linear))
-    wanted = [weight for each in linear if getattr(weight := local(each), "forward", None) == "fp8"]
+    linear = (local(module.weight) for module in model.modules() if isinstance(module, nn.Linear))
+    wanted = [weight for weight in linear if isinstance(weight, TiledTensor) and weight.forward == "fp8"]
     return f"{sum(map(multiplies_in_float8, wanted))} of {len(wanted)} weights" if wanted else None
 
 
