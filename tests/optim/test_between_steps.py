@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import collage
 from collage import kernels
+from collage.kernels import looking
 from collage.optim import batches
 from collage.optim.states import Entry, States
 from comparing import assert_same, values
@@ -257,13 +258,13 @@ def with_history(grad: Tensor) -> Tensor:
 
 
 @backends
-@pytest.mark.parametrize("alike", [True, False], ids=["one look", "pass by pass"])
+@pytest.mark.parametrize("reader", [True, False], ids=["in one call", "by methods"])
 @pytest.mark.parametrize("made_of", [turned, spread, behind_a_minus, doubling, with_history], ids=lambda f: f.__name__)
 def test_a_gradient_unlike_those_before_it_is_stepped_by_its_values(
-    made_of: Callable[[Tensor], Tensor], alike: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+    made_of: Callable[[Tensor], Tensor], reader: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not alike:
-        monkeypatch.setattr(batches, "_TensorGuards", None)
+    if not reader:
+        monkeypatch.setattr(looking, "_reader", lambda: None)
     opt, reference = (
         collage.AdamW([nn.Parameter(values((6, 7), seed)) for seed in (1, 2)], backend=backend) for _ in range(2)
     )
@@ -274,15 +275,6 @@ def test_a_gradient_unlike_those_before_it_is_stepped_by_its_values(
         opt.step()
         reference.step()
         assert_same(opt, reference)
-
-
-@pytest.mark.skipif(batches._TensorGuards is None, reason="this torch has no look at many tensors in one call")
-def test_gradients_like_those_before_them_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = []
-    usable = batches.Together._usable
-    monkeypatch.setattr(batches.Together, "_usable", lambda self, grads: looks.append(grads) or usable(self, grads))
-    advance(made("eager"), 4)
-    assert len(looks) == 1
 
 
 def shrunk(grad: Tensor) -> None:

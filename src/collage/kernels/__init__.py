@@ -10,10 +10,12 @@ from torch import Tensor
 
 from collage.kernels import eager, firstuse, fused, native
 from collage.kernels.contract import DRAWS, MOMENTS, ROLES, SUMS, Batch, Hyper, Inputs, Layout, Scalars, total
+from collage.kernels.looking import PLAIN, Looks, look
 
 __all__ = [
     "DRAWS",
     "MOMENTS",
+    "PLAIN",
     "ROLES",
     "SUMS",
     "Backend",
@@ -21,11 +23,13 @@ __all__ = [
     "Hyper",
     "Inputs",
     "Layout",
+    "Looks",
     "Scalars",
     "backends",
     "check_backend",
     "check_first_use",
     "choose",
+    "look",
     "null_step",
     "step",
     "total",

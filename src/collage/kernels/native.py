@@ -1,25 +1,21 @@
-"""The step on CPUs: the library built from csrc/, called through ctypes, on torch's own threads.
-
-The library knows nothing of torch or Python: it gets addresses. One file of it serves every Python and every torch, and
-holds its kernels once for each instruction set; the best one that the processor has is taken.
-"""
+"""The step on CPUs: the kernels of the library built from csrc/, called through ctypes, on torch's own threads."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from collage.kernels.contract import ROLES, SUMS, Batch, Inputs, Layout, Scalars
+from collage.kernels.library import native_library
+from collage.kernels.looking import look
 from collage.numerics import E4M3FN, FP16, format_of
 from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded, Storage, Tiled, TiledTensor
 from collage.storage.tensor import READERS
@@ -62,51 +58,9 @@ class _Job(ctypes.Structure):
     ]
 
 
-@dataclass
-class _Library:
-    """The loaded library, or why there is none."""
-
-    handle: ctypes.CDLL | None = None
-    missing: str = ""
-    isas: tuple[str, ...] = ()
-    isa: str = ""
-
-
-def _find() -> Path | None:
-    """The library beside this package; an editable install keeps it in a second folder of the package's path."""
-    package = sys.modules[__package__ or "collage.kernels"]
-    found = (Path(folder) / "_native.so" for folder in package.__path__)
-    return next((path for path in found if path.is_file()), None)
-
-
-@cache
-def _library() -> _Library:
-    path = _find()
-    if path is None:
-        return _Library(
-            missing="it was not built when torch-collage was installed, for want of a C++ compiler; install GCC or "
-            "Clang, then torch-collage again from its sources"
-        )
-    try:
-        handle = ctypes.CDLL(str(path))
-    except OSError as error:
-        return _Library(missing=f"its library cannot be loaded: {error}")
-    names = (ctypes.c_char_p * 8)()
-    isas = tuple(name.decode() for name in names[: handle.collage_isas(names, len(names))] if name)
-    handle.collage_null.argtypes = [
-        *(ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
-        *(ctypes.c_int64, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p),
-    ]
-    handle.collage_read.argtypes = [
-        *(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p),
-        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p),
-    ]
-    return _Library(handle, isas=isas, isa=isas[0])
-
-
 def unavailable() -> str:
     """Why the backend cannot run here, in plain words; empty if it can."""
-    return _library().missing
+    return native_library().missing
 
 
 def devices() -> tuple[str, ...]:
@@ -116,13 +70,13 @@ def devices() -> tuple[str, ...]:
 
 def instruction_sets() -> tuple[str, ...]:
     """Those of the library that this processor has, best first; empty without the library."""
-    return _library().isas
+    return native_library().isas
 
 
 @contextmanager
 def using(isa: str) -> Iterator[None]:
     """Within it the kernels of one of :func:`instruction_sets` run, in place of the best. For tests and benchmarks."""
-    library = _library()
+    library = native_library()
     if isa not in library.isas:
         raise ValueError(f"isa must be one of {', '.join(library.isas) or '(none here)'}, got {isa!r}")
     before, library.isa = library.isa, isa
@@ -153,7 +107,7 @@ def _kernel(layout: Layout, dtype: torch.dtype, grad: torch.dtype) -> int | None
     if len(blocks) > 1 or not all(_LEAST_BLOCK <= block <= _LARGEST_BLOCK for block in blocks):
         return None
     name = "/".join([format_of(dtype).name, *map(str, names), "own" if grad == dtype else "fp32"])
-    library = _library()
+    library = native_library()
     if library.handle is None:
         return None
     place = library.handle.collage_find(library.isa.encode(), name.encode())
@@ -236,7 +190,7 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
     Raises:
         MemoryError: no memory for the sums of an audited step; nothing has changed.
     """
-    library = _library()
+    library = native_library()
     assert library.handle is not None
     count = len(batch.params)
     sums = torch.zeros(count, len(SUMS), dtype=torch.float64, device="cpu") if inputs.audit else None
@@ -245,7 +199,7 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
     kept: _Prepared = batch.kept.get("native") or batch.kept.setdefault("native", _Prepared(batch))
     grad_dtype = inputs.grads[0].dtype
     cells = array("i", [*kept.cells, grad_dtype.itemsize])
-    grads = array("Q", list(map(Tensor.data_ptr, inputs.grads)))
+    grads = look(inputs.grads).addresses
     numbers, rows, distinct = _count(batch.steps)
     scalars = array("f")
     for number in distinct:
@@ -285,7 +239,7 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
 def read(tensor: TiledTensor) -> Tensor | None:
     """What a model reads of a parameter in tiles, as its components stand: bfloat16; None where no kernel serves it.
     One pass over its bytes."""
-    form, library = tensor.form, _library()
+    form, library = tensor.form, native_library()
     kept = form.of if tensor.forward == "value" else Rounded(form.format)
     name = _storage_name(kept, torch.bfloat16)
     *numbers, scale = tensor.parts
@@ -310,7 +264,7 @@ READERS["cpu"] = read
 def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor]) -> None:
     """Reads every tensor once and writes those of ``read_write`` back unchanged, all in one pass: the time that the
     memory traffic of a step takes by itself. Contiguous CPU tensors with equally many elements."""
-    library = _library()
+    library = native_library()
     if library.handle is None:
         raise RuntimeError(f"the native kernels cannot run here: {library.missing}")
     tensors = [*read_write, *read_only]

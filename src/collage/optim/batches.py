@@ -6,9 +6,11 @@ Each run of a sharded parameter's elements (:func:`collage.optim.sharding.runs`)
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from operator import attrgetter, is_
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from collage import kernels
-from collage.kernels import Batch, Layout
+from collage.kernels import PLAIN, Batch, Layout, Looks, look
 from collage.optim.sharding import is_sharded, local, placed_like, runs, whole_sums
 from collage.storage import Component
 
@@ -26,12 +28,7 @@ _SMALL, _MANY = 1 << 14, 32
 # What a step takes for a parameter's gradient.
 GradOf = Callable[[Tensor], Tensor | None]
 
-# What compiled code looks at its arguments with: one call for all facts about many tensors. It is torch's own business
-# and may go; then each fact takes a pass.
-_TensorGuards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
-
-_dtype_of = attrgetter("dtype")
-_on_cpu = attrgetter("is_cpu")
+_shape_of = attrgetter("shape")
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def called(name: str | None) -> str:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it is of torch's own classes."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in PLAIN
 
 
 class Together:
@@ -117,14 +114,14 @@ class Together:
             ordinals=[m.ordinal if "ordinal" not in states[o] else int(states[o]["ordinal"]) for o, m in self._owned()],
             firsts=[index for _, index, _, _ in pieces],
         )
-        self._device = device
-        # torch checks the shape of a gradient that is assigned to a parameter of its own class; numel guards the memory
+        # torch checks the shape of a gradient that is assigned to a parameter of its own class; sizes guard the memory
         # against what gets around that.
-        checked = all(map(_is_plain, self.params))
-        self._size_of: Callable[[Tensor], Any] = Tensor.numel if checked else attrgetter("shape")
-        self._sizes = [self._size_of(local(param)) for param in self.params]
-        self._addresses, self._contiguous = self._look(), self._look_at_order()
-        self._like_the_last: Callable[..., bool] = _like([])
+        shapes = [local(param).shape for param in self.params]
+        self._shapes = None if all(map(_is_plain, self.params)) else shapes
+        self._sizes = array("q", map(prod, shapes))
+        with torch.inference_mode(False):
+            self._example = torch.empty(0, dtype=grad_dtype, device=device)
+        self._seen = self._look()
         kernels.check_first_use(self.batch, grad_dtype, self.backend)
 
     def write_copies(self) -> None:
@@ -170,14 +167,11 @@ class Together:
             states[owner]["step"] = counts[place]
         return counts
 
-    def _look(self) -> list[int]:
-        watched = map(local, self._watched) if self.sharded else self._watched
+    def _look(self) -> Looks:
+        watched = [*map(local, self._watched)] if self.sharded else self._watched
         if self._borne:
-            watched = chain(watched, *(attrgetter("parts")(local(param)) for param in self.params))
-        return list(map(Tensor.data_ptr, watched))
-
-    def _look_at_order(self) -> list[bool]:
-        return list(map(Tensor.is_contiguous, map(local, self.params) if self.sharded else self.params))
+            watched = [*watched, *chain.from_iterable(map(attrgetter("parts"), map(local, self.params)))]
+        return look(watched)
 
     def gradients(self, grad_of: GradOf, fresh: bool = False) -> list[Tensor] | None:
         """The gradients for the batch, or None if anything has changed since it was made.
@@ -185,49 +179,35 @@ class Together:
         Args:
             fresh: it was made in this very step: an error is the user's to see.
         """
-        grads: list[Any] = list(map(grad_of, self.params))
         try:
-            if self._look() != self._addresses or self._look_at_order() != self._contiguous:
+            if self._look() != self._seen:
                 return None
+            grads: list[Any] = list(map(grad_of, self.params))
             if self.sharded:
                 grads = [placed_like(grad, param) for grad, param in zip(grads, self.params, strict=True)]
-            # What is like gradients that were found usable as they are needs no closer look.
-            if not self._like_the_last(*grads):
-                usable = self._usable(grads)
-                if usable is None:
-                    return None
-                self._like_the_last = _like(grads if usable is grads and set(map(type, grads)) == {Tensor} else [])
-                grads = usable
+            usable = self._usable(grads)
         except (AttributeError, KeyError, RuntimeError, TypeError):
             if fresh:
                 raise
             # A missing state or gradient, or one without memory of its own (sparse): whoever asks finds out which.
             return None
-        return self.cut(grads)
+        return None if usable is None else self.cut(usable)
 
     def _usable(self, grads: list[Any]) -> list[Any] | None:
         """The gradients as memory that can be stepped, themselves where they are; None if they are not such as the
         batch was made for."""
-        if list(map(self._size_of, grads)) != self._sizes or set(map(_dtype_of, grads)) != {self.grad_dtype}:
+        looks = look(grads, self._example)
+        if self._shapes is not None and list(map(_shape_of, grads)) != self._shapes:
             return None
-        here = map(_on_cpu, grads) if self._device.type == "cpu" else (g.device == self._device for g in grads)
-        if not all(here):
-            return None
-        if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
-            grads = [grad.resolve_neg().contiguous() for grad in grads]
-        if self.backend != "eager" and not _have_memory(grads):
-            grads = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
-            if not _have_memory(grads):
-                raise TypeError(f"gradients of {set(map(type, grads))} have no memory; use backend='eager'")
+        if looks.sizes != self._sizes:
+            grads = [grad.contiguous() for grad in grads]
+            if look(grads, self._example).sizes != self._sizes:
+                return None
+        if any(map(Tensor.is_neg, grads)):
+            grads = [grad.resolve_neg() for grad in grads]
+        if self.backend != "eager" and not looks.classes <= PLAIN:
+            grads = _in_memory(grads)
         return grads
-
-
-def _like(examples: list[Tensor]) -> Callable[..., bool]:
-    """What tells whether tensors are like these, one for one: of their classes, dtypes, devices, layouts, sizes and
-    strides, and seen through a minus sign where these are. Nothing is like none."""
-    if not examples or _TensorGuards is None:
-        return lambda *tensors: False
-    return _TensorGuards(*examples, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 def _check_blocks(members: list[Member], pieces: list[tuple[int, int, int, int]], block: int) -> None:
@@ -294,8 +274,16 @@ def _gather_small(name: str, states: list[dict[str, Tensor]]) -> None:
 
 def _have_memory(tensors: Sequence[Tensor]) -> bool:
     """Whether their elements stand at their addresses. Those of torch's own classes do."""
-    others = set(map(type, tensors)) - {Tensor, torch.nn.Parameter}
-    return not others or all(t.data_ptr() != 0 or t.numel() == 0 for t in tensors)
+    return set(map(type, tensors)) <= PLAIN or all(t.data_ptr() != 0 or t.numel() == 0 for t in tensors)
+
+
+def _in_memory(grads: list[Tensor]) -> list[Tensor]:
+    """The gradients, copied if any has no memory. Raises TypeError where the copies have none either."""
+    if not _have_memory(grads):
+        grads = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+        if not _have_memory(grads):
+            raise TypeError(f"gradients of {set(map(type, grads))} have no memory; use backend='eager'")
+    return grads
 
 
 class Plan:
