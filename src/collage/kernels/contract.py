@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -132,6 +133,7 @@ class Inputs:
     Attributes:
         hyper: the hyper-parameters.
         grads: contiguous tensors of the parameters' shapes, all in their dtype or all float32; read only.
+        addresses: theirs, where whoever checked them has seen them (:func:`collage.kernels.look`); else None.
         lr: a tensor of one element on the batch's device that counts instead of ``hyper.lr``, for backends that need
             not read it on the host; else None.
         grad_scale: float32 tensor of one element: what gradients have been multiplied with (a loss scale), or None.
@@ -142,6 +144,7 @@ class Inputs:
 
     hyper: Hyper
     grads: Sequence[Tensor]
+    addresses: array[int] | None = None
     lr: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None

@@ -199,7 +199,7 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
     kept: _Prepared = batch.kept.get("native") or batch.kept.setdefault("native", _Prepared(batch))
     grad_dtype = inputs.grads[0].dtype
     cells = array("i", [*kept.cells, grad_dtype.itemsize])
-    grads = look(inputs.grads).addresses
+    grads = look(inputs.grads).addresses if inputs.addresses is None else inputs.addresses
     numbers, rows, distinct = _count(batch.steps)
     scalars = array("f")
     for number in distinct:

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from collage import kernels
 from collage.kernels import MOMENTS, Hyper, Inputs, Layout
 from collage.optim import statedict
-from collage.optim.batches import GradOf, Member, Plan, Together
+from collage.optim.batches import Gradients, GradOf, Member, Plan, Together
 from collage.optim.checks import check_grad, check_group, check_options, check_working_eps, known_on_host
 from collage.optim.lowprecision import take_full_value, warn_of_replaced
 from collage.optim.operator import register, traced_step
@@ -222,8 +222,8 @@ class AdamW(Optimizer):
         number = plan.number + 1
         observers = [observer for observer in self._observers if plan.together and observer.wants(number)]
         rows: list[StepRow] = []
-        for each, tensors in zip(plan.together, grads, strict=True):
-            inputs = self._inputs(each, tensors, found_inf if on_device else None, audit=bool(observers))
+        for each, its in zip(plan.together, grads, strict=True):
+            inputs = self._inputs(each, its, found_inf if on_device else None, audit=bool(observers))
             sums = kernels.step(each.batch, inputs, each.backend)
             each.write_copies()
             if sums is not None:
@@ -235,7 +235,7 @@ class AdamW(Optimizer):
         for observer in observers:
             observer.record(number, rows)
 
-    def _plan_and_gradients(self, grad_of: GradOf) -> tuple[Plan, list[list[Tensor]]]:
+    def _plan_and_gradients(self, grad_of: GradOf) -> tuple[Plan, list[Gradients]]:
         """The batches of this step with their gradients: those of the step before if they still hold."""
         plan = self._plan
         grads = None if plan is None else plan.gradients(self, grad_of)
@@ -255,14 +255,15 @@ class AdamW(Optimizer):
             return Plan(self, [], grad_of), []
         return plan, grads
 
-    def _inputs(self, each: Together, grads: list[Tensor], found_inf: Tensor | None, audit: bool) -> Inputs:
+    def _inputs(self, each: Together, grads: Gradients, found_inf: Tensor | None, audit: bool) -> Inputs:
         group = self.param_groups[each.members[0].group]
         lr = group["lr"]
         on_device = each.backend == "triton" and isinstance(lr, Tensor) and lr.device.type != "cpu"
         scale = getattr(self, "grad_scale", None)
         return Inputs(
             hyper=_hyper(group, lr=float("nan") if on_device else float(lr)),
-            grads=grads,
+            grads=grads.tensors,
+            addresses=grads.addresses,
             lr=lr if on_device else None,
             grad_scale=None if scale is None else torch.as_tensor(scale, dtype=torch.float32),
             found_inf=found_inf,
@@ -294,13 +295,13 @@ class AdamW(Optimizer):
                 members.append(Member(index, ordinal, param, name, layout, arithmetic))
         return members
 
-    def _only_creates_state(self, grads: list[list[Tensor]]) -> bool:
+    def _only_creates_state(self, grads: list[Gradients]) -> bool:
         """Whether a first step has learning rates and gradients of zero throughout, on every process that shares it."""
         rates = [group["lr"] for group in self.param_groups]
         if not all(known_on_host(lr) and float(lr) == 0 for lr in rates):
             return False
         params = [param for group in self.param_groups for param in group["params"]]
-        return not any_on_all_processes(any(bool(g.any()) for each in grads for g in each), params)
+        return not any_on_all_processes(any(bool(g.any()) for each in grads for g in each.tensors), params)
 
     def _create_state(self, param: Tensor, layout: Layout, ordinal: int, value: Tensor | None = None) -> None:
         """Zero moments and a parameter that holds ``value`` (float32), or itself."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,13 @@ class Member:
     name: str | None
     layout: Layout
     arithmetic: str
+
+
+class Gradients(NamedTuple):
+    """The gradients of a batch, and their addresses where they were looked at as they are."""
+
+    tensors: list[Tensor]
+    addresses: array[int] | None
 
 
 def called(name: str | None) -> str:
@@ -173,7 +180,7 @@ class Together:
             watched = [*watched, *chain.from_iterable(map(attrgetter("parts"), map(local, self.params)))]
         return look(watched)
 
-    def gradients(self, grad_of: GradOf, fresh: bool = False) -> list[Tensor] | None:
+    def gradients(self, grad_of: GradOf, fresh: bool = False) -> Gradients | None:
         """The gradients for the batch, or None if anything has changed since it was made.
 
         Args:
@@ -185,29 +192,30 @@ class Together:
             grads: list[Any] = list(map(grad_of, self.params))
             if self.sharded:
                 grads = [placed_like(grad, param) for grad, param in zip(grads, self.params, strict=True)]
-            usable = self._usable(grads)
+            return self._usable(grads)
         except (AttributeError, KeyError, RuntimeError, TypeError):
             if fresh:
                 raise
             # A missing state or gradient, or one without memory of its own (sparse): whoever asks finds out which.
             return None
-        return None if usable is None else self.cut(usable)
 
-    def _usable(self, grads: list[Any]) -> list[Any] | None:
+    def _usable(self, grads: list[Any]) -> Gradients | None:
         """The gradients as memory that can be stepped, themselves where they are; None if they are not such as the
         batch was made for."""
         looks = look(grads, self._example)
+        plain = looks.classes <= PLAIN
+        addresses = looks.addresses if plain and self._slices is None else None
         if self._shapes is not None and list(map(_shape_of, grads)) != self._shapes:
             return None
         if looks.sizes != self._sizes:
-            grads = [grad.contiguous() for grad in grads]
+            grads, addresses = [grad.contiguous() for grad in grads], None
             if look(grads, self._example).sizes != self._sizes:
                 return None
         if any(map(Tensor.is_neg, grads)):
-            grads = [grad.resolve_neg() for grad in grads]
-        if self.backend != "eager" and not looks.classes <= PLAIN:
+            grads, addresses = [grad.resolve_neg() for grad in grads], None
+        if self.backend != "eager" and not plain:
             grads = _in_memory(grads)
-        return grads
+        return Gradients(self.cut(grads), addresses)
 
 
 def _check_blocks(members: list[Member], pieces: list[tuple[int, int, int, int]], block: int) -> None:
@@ -313,7 +321,7 @@ class Plan:
         self.number = max((int(each.batch.steps.max()) for each in self.together), default=0)
         self.lasts = not any(each.copies for each in self.together)
 
-    def gradients(self, optimizer: Any, grad_of: GradOf) -> list[list[Tensor]] | None:
+    def gradients(self, optimizer: Any, grad_of: GradOf) -> list[Gradients] | None:
         """The gradients of each batch, or None if anything has changed since the plan was made."""
         if optimizer.state is not self._states or optimizer.state.changes.count != self._changes:
             return None
@@ -326,7 +334,7 @@ class Plan:
             return None
         return self.gradients_of_all(grad_of)
 
-    def gradients_of_all(self, grad_of: GradOf, fresh: bool = False) -> list[list[Tensor]] | None:
+    def gradients_of_all(self, grad_of: GradOf, fresh: bool = False) -> list[Gradients] | None:
         """The same without a look at anything but the batches; ``fresh``: the plan was made in this very step."""
         found = [grads for each in self.together if (grads := each.gradients(grad_of, fresh)) is not None]
         return found if len(found) == len(self.together) else None
