@@ -33,16 +33,27 @@ struct View {
     }
 };
 
+// Tensors ahead whose records are fetched, and lines of the processor's cache that torch's record of a tensor is in.
+constexpr int64_t AHEAD = 12;
+constexpr int LINES = 4;
+
+void fetch(const uint64_t *records) {
+    for (int line = 0; line < LINES; line++) __builtin_prefetch((const char *)records[0] + 64 * line);
+    __builtin_prefetch((const char *)records[1] + 16);
+}
+
 }  // namespace
 
 // Writes each tensor's address, and its elements or -1 as Looks in src/collage/kernels/looking.py says. `view`: torch's
 // dltensor_from_py_object_no_sync; `item`: PyList_GetItem; `example`: a tensor or null. Returns 0, or 1 where one of the two
-// failed and has set Python's error.
+// failed and has set Python's error. `records`: [tensor] where torch's records of it and of its storage may be, or null; they
+// are fetched ahead and not read.
 EXPORT int collage_look(int (*view)(void *, View *), void *(*item)(void *, intptr_t), void *tensors, int64_t count,
-                        void *example, uint64_t *addresses, int64_t *sizes) {
+                        void *example, const uint64_t *records, uint64_t *addresses, int64_t *sizes) {
     View wanted{}, found{};
     if (example && view(example, &wanted)) return 1;
     for (int64_t i = 0; i < count; i++) {
+        if (records && i + AHEAD < count) fetch(records + 2 * (i + AHEAD));
         void *tensor = item(tensors, i);
         if (!tensor || view(tensor, &found)) return 1;
         addresses[i] = (uint64_t)found.data + found.offset;

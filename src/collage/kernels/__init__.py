@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collage.kernels import eager, firstuse, fused, native
 from collage.kernels.contract import DRAWS, MOMENTS, ROLES, SUMS, Batch, Hyper, Inputs, Layout, Scalars, total
-from collage.kernels.looking import PLAIN, Looks, look
+from collage.kernels.looking import PLAIN, Looks, look, records
 
 __all__ = [
     "DRAWS",
@@ -31,6 +31,7 @@ __all__ = [
     "choose",
     "look",
     "null_step",
+    "records",
     "step",
     "total",
 ]

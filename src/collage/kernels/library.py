@@ -64,6 +64,6 @@ def native_library() -> Library:
     ]
     locked.collage_look.argtypes = [
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.py_object, ctypes.c_int64, ctypes.c_void_p),
-        *(ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
     ]
     return Library(handle, locked, isas=isas, isa=isas[0])

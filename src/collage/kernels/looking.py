@@ -10,6 +10,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -36,11 +37,13 @@ class Looks(NamedTuple):
     classes: set[type]
 
 
-def look(tensors: Sequence[Tensor], example: Tensor | None = None) -> Looks:
+def look(tensors: Sequence[Tensor], example: Tensor | None = None, records: array[int] | None = None) -> Looks:
     """Looks at tensors.
 
     Args:
         example: a plain tensor of the dtype and device that are wanted; None: any are.
+        records: :func:`records` of these tensors: a look at them then waits less for memory. Where a tensor's have
+            moved since, nothing is wrong but its wait.
 
     Raises:
         AttributeError, RuntimeError, TypeError: one is no tensor, or has no memory (sparse).
@@ -51,12 +54,20 @@ def look(tensors: Sequence[Tensor], example: Tensor | None = None) -> Looks:
         addresses, sizes = array("Q", bytes(8 * len(listed))), array("q", bytes(8 * len(listed)))
         known = None if example is None else id(example)
         try:
-            read(listed, len(listed), known, addresses.buffer_info()[0], sizes.buffer_info()[0])
+            ahead = None if records is None else records.buffer_info()[0]
+            read(listed, len(listed), known, ahead, addresses.buffer_info()[0], sizes.buffer_info()[0])
             return Looks(addresses, sizes, classes)
         except (BufferError, RuntimeError):
             # DLPack has no word for a device such as "meta"; of a sparse tensor torch's methods say what it is.
             pass
     return look_by_methods(listed, example)
+
+
+def records(tensors: Sequence[Tensor]) -> array[int] | None:
+    """Where torch keeps what it knows of each tensor and of its storage; None unless all are plain."""
+    if not set(map(type, tensors)) <= PLAIN:
+        return None
+    return array("Q", chain.from_iterable((tensor._cdata, tensor.untyped_storage()._cdata) for tensor in tensors))
 
 
 def look_by_methods(tensors: list[Tensor], example: Tensor | None = None) -> Looks:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from collage import kernels
-from collage.kernels import PLAIN, Batch, Layout, Looks, look
+from collage.kernels import PLAIN, Batch, Layout, look, records
 from collage.optim.sharding import is_sharded, local, placed_like, runs, whole_sums
 from collage.storage import Component
 
@@ -128,7 +128,8 @@ class Together:
         self._sizes = array("q", map(prod, shapes))
         with torch.inference_mode(False):
             self._example = torch.empty(0, dtype=grad_dtype, device=device)
-        self._seen = self._look()
+        watched = self._looked_at()
+        self._seen, self._records = look(watched), records(watched)
         kernels.check_first_use(self.batch, grad_dtype, self.backend)
 
     def write_copies(self) -> None:
@@ -174,11 +175,11 @@ class Together:
             states[owner]["step"] = counts[place]
         return counts
 
-    def _look(self) -> Looks:
+    def _looked_at(self) -> list[Tensor]:
         watched = [*map(local, self._watched)] if self.sharded else self._watched
         if self._borne:
             watched = [*watched, *chain.from_iterable(map(attrgetter("parts"), map(local, self.params)))]
-        return look(watched)
+        return watched
 
     def gradients(self, grad_of: GradOf, fresh: bool = False) -> Gradients | None:
         """The gradients for the batch, or None if anything has changed since it was made.
@@ -187,8 +188,9 @@ class Together:
             fresh: it was made in this very step: an error is the user's to see.
         """
         try:
-            if self._look() != self._seen:
+            if look(self._looked_at(), records=self._records) != self._seen:
                 return None
+            # Only now: the look has brought the parameters into the cache.
             grads: list[Any] = list(map(grad_of, self.params))
             if self.sharded:
                 grads = [placed_like(grad, param) for grad, param in zip(grads, self.params, strict=True)]
