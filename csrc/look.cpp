@@ -34,7 +34,7 @@ struct View {
 };
 
 // Tensors ahead whose records are fetched, and lines of the processor's cache that torch's record of a tensor is in.
-constexpr int64_t AHEAD = 12;
+constexpr int64_t AHEAD = 8;
 constexpr int LINES = 4;
 
 void fetch(const uint64_t *records) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from collage.kernels import looking, native
 from collage.kernels.library import Library
-from collage.kernels.looking import look, look_by_methods
+from collage.kernels.looking import look, look_by_methods, records
 from comparing import values
 
 needs_reader = pytest.mark.skipif(
@@ -99,6 +100,19 @@ def test_looks_at_a_tensor_that_changed_differ_and_others_are_equal(change: Any)
     assert look(tensors) == before
     change(tensors[1])
     assert look(tensors) != before
+
+
+@needs_reader
+def test_records_are_of_plain_tensors_and_wherever_they_lie_the_looks_are_the_same() -> None:
+    tensors = [matrix() for _ in range(20)]
+    wanted = look(tensors)
+    held = records(tensors)
+    assert held is not None
+    assert len(set(held)) == 40
+    moved = array("Q", [1, 2**64 - 1] * 20)
+    for given in (held, moved, held[:30], held[:0]):
+        assert look(tensors, records=given) == wanted
+    assert records([matrix(), matrix().as_subclass(Named)]) is None
 
 
 @pytest.mark.parametrize("tensor", [None, 3, matrix().to_sparse(), [matrix()]], ids=["None", "int", "sparse", "list"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import collage
 from collage import kernels
-from collage.kernels import looking
+from collage.kernels import looking, native
 from collage.optim import batches
 from collage.optim.states import Entry, States
 from comparing import assert_same, values
@@ -275,6 +275,25 @@ def test_a_gradient_unlike_those_before_it_is_stepped_by_its_values(
         opt.step()
         reference.step()
         assert_same(opt, reference)
+
+
+@backends
+def test_a_step_takes_one_look_at_what_is_stepped_and_one_at_the_gradients(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt = advance(made(backend), 2)
+    seen = []
+
+    def counted(tensors: Any, *rest: Any, **options: Any) -> looking.Looks:
+        seen.append(list(tensors))
+        return looking.look(tensors, *rest, **options)
+
+    for module in (batches, native):
+        monkeypatch.setattr(module, "look", counted)
+    advance(opt, 1)
+    params, grads = seen
+    assert [id(param) for param in params[:2]] == [id(param) for param in params_of(opt)]
+    assert [id(grad) for grad in grads] == [id(param.grad) for param in params_of(opt)]
 
 
 def shrunk(grad: Tensor) -> None:

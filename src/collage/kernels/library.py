@@ -1,7 +1,7 @@
 """The library built from csrc/: where it is, and what of it runs here.
 
-It knows nothing of torch or Python: it gets addresses. One file of it serves every Python and every torch, and holds
-its kernels once for each instruction set; the best one that the processor has is taken.
+It is built without a header of torch or Python: it gets addresses. One file of it serves every Python and every torch,
+and holds its kernels once for each instruction set; the best one that the processor has is taken.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def look(tensors: Sequence[Tensor], example: Tensor | None = None, records: arra
 
     Args:
         example: a plain tensor of the dtype and device that are wanted; None: any are.
-        records: :func:`records` of these tensors: a look at them then waits less for memory. Where a tensor's have
-            moved since, nothing is wrong but its wait.
+        records: :func:`records` of these tensors, fetched ahead of the look: it then takes half as long where they are
+            no longer in the cache. If a tensor's have moved since, it is waited for as without them.
 
     Raises:
         AttributeError, RuntimeError, TypeError: one is no tensor, or has no memory (sparse).
@@ -53,8 +53,8 @@ def look(tensors: Sequence[Tensor], example: Tensor | None = None, records: arra
     if read is not None and classes <= PLAIN:
         addresses, sizes = array("Q", bytes(8 * len(listed))), array("q", bytes(8 * len(listed)))
         known = None if example is None else id(example)
+        ahead = records.buffer_info()[0] if records is not None and len(records) == 2 * len(listed) else None
         try:
-            ahead = None if records is None else records.buffer_info()[0]
             read(listed, len(listed), known, ahead, addresses.buffer_info()[0], sizes.buffer_info()[0])
             return Looks(addresses, sizes, classes)
         except (BufferError, RuntimeError):
