@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import collage
 from collage import kernels
-from collage.kernels import Batch, Hyper, Inputs, native
+from collage.kernels import Batch, Hyper, Inputs, library, looking, native
 from collage.storage import Blockwise, Remainder
 from comparing import LOW, STRATEGIES, Keeper, any_bits, any_rows, assert_same, bits, keeps, values
 
@@ -334,11 +334,16 @@ def test_the_null_step_reads_everything_and_changes_nothing(isa: str, size: int)
     assert all(torch.equal(a, b.view(torch.uint8)) for a, b in zip(raw, [*written, *read], strict=True))
 
 
+def forget_the_library() -> None:
+    library.native_library.cache_clear()
+    looking._reader.cache_clear()
+
+
 def test_without_the_library_the_eager_step_serves_and_insisting_says_why(
     monkeypatch: pytest.MonkeyPatch, ran: list[str]
 ) -> None:
-    monkeypatch.setattr(native, "_find", lambda: None)
-    native._library.cache_clear()
+    monkeypatch.setattr(library, "_find", lambda: None)
+    forget_the_library()
     try:
         assert not collage.backends()["native"]
         assert "for want of a C++ compiler; install GCC or Clang" in collage.backends()["native"].reason
@@ -353,16 +358,16 @@ def test_without_the_library_the_eager_step_serves_and_insisting_says_why(
             kernels.null_step([param.detach()], [], "native")
     finally:
         monkeypatch.undo()
-        native._library.cache_clear()
+        forget_the_library()
 
 
 def test_a_library_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     broken = tmp_path / "_native.so"
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(native, "_find", lambda: broken)
-    native._library.cache_clear()
+    monkeypatch.setattr(library, "_find", lambda: broken)
+    forget_the_library()
     try:
         assert "its library cannot be loaded" in native.unavailable()
     finally:
         monkeypatch.undo()
-        native._library.cache_clear()
+        forget_the_library()
