@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -222,3 +226,12 @@ def test_what_cannot_be_advised_on_is_refused() -> None:
         collage.advise(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="no strategy is called 'fast'"):
         collage.advise(model, torch.optim.AdamW(model.parameters()), candidates=["fast"])
+
+
+def test_processes_that_share_a_model_have_the_advice_on_the_whole() -> None:
+    worker = Path(__file__).with_name("sharded_advice_worker.py")
+    path = os.pathsep.join([str(worker.parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
+    done = subprocess.run([sys.executable, *run], capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr

@@ -115,6 +115,8 @@ def advise(
 ) -> Advice:
     """The cheapest strategy of :class:`collage.AdamW` for each module that keeps the EDQ ratio above a bound.
 
+    Of a sharded model every process calls it, and has the same advice.
+
     Args:
         model: names the modules.
         optimizer: Adam, AdamW or one of their kin (see :func:`collage.audit`), with a few steps of moments behind it.
@@ -149,12 +151,13 @@ def advise(
     finally:
         for watch in watches:
             watch.detach()
-    if not tried.modules:
+    results = tried.results()
+    if not results:
         raise ValueError(
             "no step could be replayed: advise takes Adam or AdamW and its kin, after a backward pass, or take_step="
         )
     bounds = (bound, decay_bound, noise_bound)
-    rows = [_row(name, *tried.of(name), bounds) for name in tried.modules]
+    rows = [_row(name, *result, bounds) for name, result in results.items()]
     return Advice(rows, bound, dtype, steps if take_step is not None else 1)
 
 

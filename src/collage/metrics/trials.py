@@ -13,6 +13,7 @@ from collage.kernels import Layout, total
 from collage.metrics.comparison import Sample
 from collage.numerics import random_bits
 from collage.optim import Strategy
+from collage.optim.sharding import is_sharded, whole_sums
 from collage.storage import Storage, Tiled
 
 
@@ -41,7 +42,7 @@ _COLUMNS = 5
 
 
 class Trials:
-    """Sums of what each strategy did, by module.
+    """Sums of what each strategy did, by parameter.
 
     Args:
         model: names the modules.
@@ -51,30 +52,25 @@ class Trials:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, chosen: Sequence[Strategy], seed: int) -> None:
-        self._names = {id(param): module_of(name) for name, param in model.named_parameters()}
+        # A parameter that the optimizer has and the model has not counts under no name.
+        self._params = {id(param): (module_of(name), param) for name, param in model.named_parameters()}
         self._weights = weights_of(model)
         self._dtype, self._chosen, self._seed = dtype, chosen, seed
-        self.modules: dict[str, dict[str, Tensor]] = {}
-        self._elements: dict[str, dict[int, int]] = {}
-        self._bytes: dict[str, dict[str, dict[int, float]]] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._elements: dict[int, int] = {}
         self._count = 0
 
     def add(self, sample: Sample) -> None:
         """Tries every strategy on one piece of a step."""
-        name = self._names.get(id(sample.param), "")
         if sample.v is None or sample.m is None:
             raise ValueError("advise needs an optimizer with Adam's moments (exp_avg, exp_avg_sq)")
         self._count += 1
-        sums = self.modules.setdefault(
-            name, {each.name: torch.zeros(_COLUMNS, dtype=torch.float64) for each in self._chosen}
-        )
         key = id(sample.param)
-        self._elements.setdefault(name, {})[key] = sample.elements
-        for strategy in self._chosen:
-            layout = layout_for(strategy, self._dtype, sample.param, self._weights)
-            per = sum(storage.bytes_per_element(self._dtype) for _, storage in layout.roles) + self._dtype.itemsize
-            self._bytes.setdefault(name, {}).setdefault(strategy.name, {})[key] = per
-            sums[strategy.name] += sample.weight * self._try(layout, sample)
+        self._params.setdefault(key, ("", sample.param))
+        self._elements[key] = sample.elements
+        layouts = (layout_for(strategy, self._dtype, sample.param, self._weights) for strategy in self._chosen)
+        found = sample.weight * torch.stack([self._try(layout, sample) for layout in layouts])
+        self._sums[key] = self._sums.get(key, 0.0) + found
 
     def _try(self, layout: Layout, sample: Sample) -> Tensor:
         # Whole blocks; which elements of a parameter share one makes no difference to a figure over all of them. So
@@ -129,15 +125,37 @@ class Trials:
             return None
         return random_bits(self._seed, self._count, 1 + draw, 0, like.numel(), 0).to(like.device)
 
-    def of(self, name: str) -> tuple[int, dict[str, Trial]]:
-        """A module's number of elements, and what came of each strategy, the cheapest first."""
-        elements = sum(self._elements[name].values())
-        trials = {}
-        for strategy in self._chosen:
-            per = self._bytes[name][strategy.name]
-            whole = sum(each * self._elements[name][key] for key, each in per.items())
-            trials[strategy.name] = _trial(self.modules[name][strategy.name].tolist(), whole / max(1, elements))
+    def results(self) -> dict[str, tuple[int, dict[str, Trial]]]:
+        """Each module that took a step: its number of elements, and what came of each strategy, the cheapest first. Of
+        sharded parameters the same on every process: over the elements of all."""
+        found: dict[str, list[tuple[Tensor, int, Tensor]]] = {}
+        for (name, param), (*sums, elements) in zip(self._params.values(), self._rows().tolist(), strict=True):
+            if elements:
+                row = torch.tensor(sums, dtype=torch.float64).view(len(self._chosen), _COLUMNS)
+                found.setdefault(name, []).append((row, int(elements), param))
+        return {name: self._result(rows) for name, rows in found.items()}
+
+    def _rows(self) -> Tensor:
+        """For each parameter the sums of all strategies, and how many elements they stand for."""
+        rows = torch.zeros(len(self._params), len(self._chosen) * _COLUMNS + 1, dtype=torch.float64)
+        for row, key in zip(rows, self._params, strict=True):
+            if key in self._sums:
+                row[:-1], row[-1] = self._sums[key].flatten(), self._elements[key]
+        params = [param for _, param in self._params.values()]
+        sharded = [param for param in params if is_sharded(param)]
+        return whole_sums(rows.to(sharded[0].device), params).cpu() if sharded else rows
+
+    def _result(self, rows: list[tuple[Tensor, int, Tensor]]) -> tuple[int, dict[str, Trial]]:
+        elements, trials = sum(count for _, count, _ in rows), {}
+        for place, strategy in enumerate(self._chosen):
+            sums = torch.stack([row[place] for row, _, _ in rows]).sum(0).tolist()
+            trials[strategy.name] = _trial(sums, sum(self._bytes(strategy, p) * n for _, n, p in rows) / elements)
         return elements, dict(sorted(trials.items(), key=lambda item: item[1].bytes_per_param))
+
+    def _bytes(self, strategy: Strategy, param: Tensor) -> float:
+        """Per element, gradient included."""
+        layout = layout_for(strategy, self._dtype, param, self._weights)
+        return sum(storage.bytes_per_element(self._dtype) for _, storage in layout.roles) + self._dtype.itemsize
 
 
 def weights_of(model: nn.Module) -> set[int]:
