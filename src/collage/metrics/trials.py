@@ -53,7 +53,9 @@ class Trials:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, chosen: Sequence[Strategy], seed: int) -> None:
         # A parameter that the optimizer has and the model has not counts under no name.
-        self._params = {id(param): (module_of(name), param) for name, param in model.named_parameters()}
+        self._params: dict[int, tuple[str, Tensor]] = {
+            id(param): (module_of(name), param) for name, param in model.named_parameters()
+        }
         self._weights = weights_of(model)
         self._dtype, self._chosen, self._seed = dtype, chosen, seed
         self._sums: dict[int, Tensor] = {}
