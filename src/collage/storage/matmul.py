@@ -55,8 +55,8 @@ def product(func: Any, bias: Tensor | None, x: Tensor, weight: TiledTensor, kwar
 
 
 def multiplies_in_float8(weight: TiledTensor) -> bool:
-    """Whether products with it are of float8 numbers on its device: on NVIDIA's Hopper with CUDA 12.9 or later, of
-    e4m3 in tiles of 128 x 128 that are all whole, or of 1 x 128."""
+    """Whether products with it are of float8 numbers on its device: on NVIDIA's Hopper with CUDA 12.9 and torch 2.10 or
+    later, of e4m3 in tiles of 128 x 128 that are all whole, or of 1 x 128."""
     form, rows = weight.form, weight.hi.shape[0]
     fits = form.columns == _SIDE and form.rows in _HEIGHTS and rows % _HEIGHTS[form.rows] == 0
     return weight.forward == "fp8" and fits and form.format == E4M3FN and _has_float8_products(weight.device)
