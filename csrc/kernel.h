@@ -3,6 +3,8 @@
 
 #include "job.h"
 
+#define INLINE static inline __attribute__((always_inline))
+
 // A range of one tensor, in which element indices do not pass a multiple of 2^32.
 struct collage_range {
     void *part[COLLAGE_MAX_PARTS];

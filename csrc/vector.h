@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernel.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -16,8 +18,6 @@
 #elif !defined(COLLAGE_LANES)
 #define COLLAGE_LANES 4
 #endif
-
-#define INLINE static inline __attribute__((always_inline))
 
 namespace {
 
