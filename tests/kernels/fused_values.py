@@ -34,6 +34,7 @@ from collage.kernels import eager, fused
 from collage.kernels.contract import Inputs, Layout
 from collage.kernels.fused import elements, integers, launching, storages
 from collage.kernels.fused.forms import stored
+from collage.kernels.looking import look
 from collage.numerics import (
     BF16,
     E4M3FN,
@@ -46,7 +47,8 @@ from collage.numerics import (
     split_remainder,
 )
 from collage.storage import Blockwise, Expansion, Kahan, Master, Remainder, Rounded
-from comparing import bits
+from comparing import assert_same as assert_same_optimizers
+from comparing import bits, values
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -319,7 +321,7 @@ def test_batches_without_elements_are_counted(audit: bool) -> None:
         step_both(batch, copy_of(batch), Inputs(HYPER, gradients(batch, torch.bfloat16, 0), audit=audit))
 
 
-def test_addresses_are_uploaded_again_only_when_one_has_changed() -> None:
+def test_addresses_are_uploaded_again_only_when_a_gradient_has_moved() -> None:
     batch = make_batch(layout_of("plus", torch.bfloat16), torch.bfloat16, [40, 50])
     other = copy_of(batch)
     grads = gradients(batch, torch.bfloat16, 0)
@@ -329,9 +331,31 @@ def test_addresses_are_uploaded_again_only_when_one_has_changed() -> None:
     grads[1] = grads[1].clone()
     step_both(batch, other, Inputs(HYPER, grads))
     assert other.kept["triton"].uploads == 2
-    other.states[0]["param_lo"] = other.states[0]["param_lo"].clone()
-    step_both(batch, other, Inputs(HYPER, grads))
-    assert other.kept["triton"].uploads == 3
+    seen = look(grads).addresses
+    step_both(batch, other, Inputs(HYPER, grads, addresses=seen))
+    assert other.kept["triton"].uploads == 2
+
+
+def test_an_optimizer_finds_tensors_that_have_moved(launches: list[str]) -> None:
+    optimizers = []
+    for backend in ("triton", "eager"):
+        params = [torch.nn.Parameter(values((n,), n)) for n in (40, 50)]
+        optimizer = collage.AdamW(params, lr=1e-2, backend=backend)
+        for step in range(4):
+            for param in params:
+                param.grad = values(param.shape, step)
+            # Held, so that what moves gets other memory.
+            before = [params[1].data, optimizer.state[params[0]].get("param_lo")]
+            if step == 1:
+                params[1].data = params[1].data.clone()
+            if step == 2:
+                optimizer.state[params[0]]["param_lo"] = optimizer.state[params[0]]["param_lo"].clone()
+            optimizer.step()
+            del before
+        optimizers.append(optimizer)
+    # A layout's first use may come before.
+    assert launches[-8:] == ["advance_kernel", "step_kernel"] * 4
+    assert_same_optimizers(*optimizers)
 
 
 def test_a_graph_that_is_captured_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +375,10 @@ def test_a_graph_that_is_captured_has_a_table_of_its_own(monkeypatch: pytest.Mon
     (_, table), *more = tables._captured
     assert not more
     assert table[:, 0].tolist() == [grad.data_ptr() for grad in inside]
+    # Nor does a later step outside, with the gradients of the graph, take its table to be written.
+    capturing[0] = False
+    step_both(batch, other, Inputs(HYPER, inside))
+    assert tables.uploads == 2
     capturing[0] = True
     step_both(batch, other, Inputs(HYPER, inside))
     with pytest.raises(RuntimeError, match="outside before each capture"):

@@ -100,7 +100,8 @@ class Hyper:
 
 @dataclass
 class Batch:
-    """Tensors that are stepped together, sharing a device, a layout and dtypes: made once, stepped many times.
+    """Tensors that are stepped together, sharing a device, a layout and dtypes: made once, stepped many times. They
+    stay where they are in memory: backends keep their addresses.
 
     Attributes:
         layout: their storages.
@@ -133,7 +134,8 @@ class Inputs:
     Attributes:
         hyper: the hyper-parameters.
         grads: contiguous tensors of the parameters' shapes, all in their dtype or all float32; read only.
-        addresses: theirs, where whoever checked them has seen them (:func:`collage.kernels.look`); else None.
+        addresses: theirs, where whoever checked that they are of one dtype has seen them
+            (:func:`collage.kernels.look`); else None.
         lr: a tensor of one element on the batch's device that counts instead of ``hyper.lr``, for backends that need
             not read it on the host; else None.
         grad_scale: float32 tensor of one element: what gradients have been multiplied with (a loss scale), or None.

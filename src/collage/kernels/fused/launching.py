@@ -17,6 +17,7 @@ from collage.kernels.fused.null import null_kernel
 from collage.kernels.fused.tables import Tables
 from collage.kernels.fused.tiles import read_kernel, round_kernel, tile_kernel
 from collage.kernels.fused.update import step_kernel, sums_kernel
+from collage.kernels.looking import look
 from collage.numerics import format_of
 from collage.storage import Tiled, TiledTensor
 from collage.storage.tensor import new_parts
@@ -46,8 +47,11 @@ def step(batch: Batch, inputs: Inputs) -> Tensor | None:
         return torch.zeros(0, len(SUMS), dtype=torch.float64) if inputs.audit else None
     with _on(batch.steps.device):
         tables = _tables(batch)
-        grads = _of_one_dtype(inputs.grads)
-        addresses = tables.addresses(batch, grads)
+        grads, seen = inputs.grads, inputs.addresses
+        if seen is None:
+            grads = _of_one_dtype(grads)
+            seen = look(grads).addresses
+        addresses = tables.addresses(seen)
         _advance(batch, inputs, tables)
         partials = tables.partials() if inputs.audit else None
         scale = None if inputs.grad_scale is None else inputs.grad_scale.to(tables.device, torch.float32)

@@ -5,7 +5,7 @@ A kernel reads the addresses of a batch's tensors from a table, so that one laun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
 
 import torch
 from torch import Tensor
@@ -34,13 +34,14 @@ class Tables:
         entry: elements of a row that share a scale; 1 where none do.
         rows: of a tile, of a parameter in tiles.
         tiles: number of programs over all tensors.
-        uploads: how often the table of addresses was written.
+        uploads: how often the addresses of gradients were written.
         aligned: whether all that stands at the addresses, but for scales, begins at a multiple of 16 bytes; kept for
             parameters in tiles alone.
     """
 
     def __init__(self, batch: Batch, stored: tuple[Stored, ...], entry: int, rows: int, span: int, across: int) -> None:
         self.device = batch.steps.device
+        self._pins = self.device.type == "cuda"
         if self._capturing():
             raise RuntimeError(
                 "the first step of these parameters runs inside a CUDA graph capture, where its tables cannot be made; "
@@ -61,9 +62,9 @@ class Tables:
         first_tiles = (torch.cumsum(counts, 0) - counts).tolist()
         self.tiles = int(counts.sum())
         shapes = [each for row in zip(elements, batch.firsts, first_tiles, strict=True) for each in row]
-        self.shapes = self._upload(shapes).view(count, 3)
+        self.shapes = self._upload(torch.tensor(shapes, dtype=torch.int64).view(count, 3))
         self.owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), counts).to(self.device)
-        self.ordinals = self._upload(batch.ordinals)
+        self.ordinals = self._upload(torch.tensor(batch.ordinals, dtype=torch.int64))
 
         self.scalars = torch.zeros(count, SCALARS, dtype=torch.float32, device=self.device)
         self.powers = torch.zeros(count, POWERS, dtype=torch.float64, device=self.device)
@@ -72,41 +73,42 @@ class Tables:
         self._partials: Tensor | None = None
 
         self.uploads = 0
-        self._known: list[int] = []
-        self.aligned = True
-        self._judged: list[int] = []
-        columns = TILE_ADDRESSES if self._tiled else ADDRESSES
-        self._addresses = torch.zeros(count, columns, dtype=torch.int64, device=self.device)
+        self._known: array[int] | None = None
+        self._components = self._addresses_of_components(batch)
+        self._aligned_components = self._tiled and not (self._unscaled(self._components) % 16).any()
+        self.aligned = False
+        self._addresses = self._upload(self._components.clone())
         self._reserve: Tensor | None = None
         self._captured: list[tuple[Tensor, Tensor]] = []
 
-    def addresses(self, batch: Batch, grads: Sequence[Tensor]) -> Tensor:
-        """The table of addresses, int64 [tensors, ADDRESSES or more], written anew only if one has changed."""
-        found: list[int] = []
-        for param, state, grad in zip(batch.params, batch.states, grads, strict=True):
-            found.append(grad.data_ptr())
-            if self._tiled:
-                found.extend(_own_addresses(param))
-            else:
-                found.append(param.data_ptr())
-            found.extend(state[name].data_ptr() if name else 0 for name in self._names)
-        if self._tiled and found != self._judged:
-            self._judged, self.aligned = found, not any(address % 16 for address in self._unscaled(found))
+    def addresses(self, grads: array[int]) -> Tensor:
+        """The table of addresses, int64 [tensors, ADDRESSES or more], with these of the gradients: written anew only if
+        one has moved."""
+        if self._tiled:
+            self.aligned = self._aligned_components and not any(address % 16 for address in grads)
         if self._capturing():
-            return self._addresses_of_a_graph(found)
+            return self._addresses_of_a_graph(grads)
         if self._reserve is None:
-            self._reserve = torch.empty(len(found), dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        if found != self._known:
-            self._addresses.view(-1).copy_(self._upload(found))
-            self._known = found
+            self._reserve = torch.empty(self._components.shape, dtype=torch.int64, pin_memory=self._pins)
+        if grads != self._known:
+            self._addresses[:, 0] = self._upload(torch.frombuffer(grads, dtype=torch.int64))
+            self._known = grads
             self.uploads += 1
         return self._addresses
 
-    def _unscaled(self, found: list[int]) -> Iterator[int]:
+    def _addresses_of_components(self, batch: Batch) -> Tensor:
+        """The table on the host, without gradients."""
+        rows = []
+        for param, state in zip(batch.params, batch.states, strict=True):
+            own = _own_addresses(param) if self._tiled else [param.data_ptr()]
+            rows.append([0, *own, *(state[name].data_ptr() if name else 0 for name in self._names)])
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def _unscaled(self, table: Tensor) -> Tensor:
         """The addresses of all but the scales, of which a row has one at most."""
         scales = {4 * (role + 1) for role in range(3)}
         scales |= {4 * role + 2 for role in range(3) if self.stored[role].second == "scale"}
-        return (address for place, address in enumerate(found) if place % TILE_ADDRESSES not in scales)
+        return table[:, [column for column in range(TILE_ADDRESSES) if column not in scales]]
 
     def partials(self) -> Tensor:
         """Room for each tile's row of sums: float64 [tiles, len(SUMS)]."""
@@ -114,7 +116,7 @@ class Tables:
             self._partials = torch.empty(self.tiles, len(SUMS), dtype=torch.float64, device=self.device)
         return self._partials
 
-    def _addresses_of_a_graph(self, found: list[int]) -> Tensor:
+    def _addresses_of_a_graph(self, grads: array[int]) -> Tensor:
         """A table of its own for a graph that is being captured: later steps outside of it may have other addresses. A
         replay copies it again from pinned memory, which has been set aside, since none can be allocated now."""
         if self._reserve is None:
@@ -123,19 +125,19 @@ class Tables:
                 "outside before each capture"
             )
         host, self._reserve = self._reserve, None
-        host.copy_(torch.tensor(found, dtype=torch.int64))
+        host.copy_(self._components)
+        host[:, 0] = torch.frombuffer(grads, dtype=torch.int64)
         table = torch.empty_like(self._addresses)
-        table.view(-1).copy_(host, non_blocking=True)
+        table.copy_(host, non_blocking=True)
         self._captured.append((host, table))
         return table
 
     def _capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._pins and torch.cuda.is_current_stream_capturing()
 
-    def _upload(self, values: Sequence[int]) -> Tensor:
-        """int64 values on the device, without a synchronisation: torch keeps pinned memory until its copy is done."""
-        host = torch.tensor(values, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        return host.to(self.device, non_blocking=True)
+    def _upload(self, values: Tensor) -> Tensor:
+        """They on the device, without a synchronisation: torch keeps pinned memory until its copy is done."""
+        return (values.pin_memory() if self._pins else values).to(self.device, non_blocking=True)
 
 
 def _other_names(batch: Batch) -> list[str]:
