@@ -46,6 +46,9 @@ template <class Low, class P, class M, class V, class G> struct Step {
     static constexpr int parts = P::parts + M::parts + V::parts;
     static constexpr bool guarded = P::guarded || M::guarded || V::guarded;
     static constexpr bool two_forms = has_plain<P>() || has_plain<M>() || has_plain<V>();
+    // Whether a moment's new values must be looked at: to the plain form of one number only nan is unusual, and the new
+    // parameter is nan where a moment is.
+    template <class Moment> static constexpr bool sees() { return Moment::guarded && (Moment::parts > 1 || !P::guarded); }
     static constexpr int square = P::parts + M::parts;  // where the components of v begin
     static constexpr bool all_interleaved = P::order == interleaved && M::order == interleaved &&
                                             V::order == interleaved && G::order == interleaved;
@@ -111,8 +114,8 @@ template <class Low, class P, class M, class V, class G> struct Step {
         V::template load<order>(part + square, i, v.a, v.b, hi, lo);
         moments(k, g.a, m.a, v.a, root.a);
         moments(k, g.b, m.b, v.b, root.b);
-        if constexpr (M::guarded) usual.see(m.a), usual.see(m.b);
-        if constexpr (V::guarded) usual.see(v.a), usual.see(v.b);
+        if constexpr (sees<M>()) usual.see(m.a), usual.see(m.b);
+        if constexpr (sees<V>()) usual.see(v.a), usual.see(v.b);
         x.m[j] = m, x.v[j] = v, x.root[j] = root;
         if constexpr (M::blocked) largest.m = max_bits(largest.m, max_bits(M::size(m.a, F{}), M::size(m.b, F{})));
         if constexpr (V::blocked) largest.v = max_bits(largest.v, max_bits(V::size(v.a, root.a), V::size(v.b, root.b)));
@@ -293,8 +296,8 @@ template <class Low, class P, class M, class V, class G> struct Step {
             int64_t left = all - unit - units;
             Block &x = blocks[current], &next = blocks[1 - current];
             if (ahead && units == UNITS && left >= UNITS + 2 * early) {
-                usual = usual ? store_and_compute<false>(r, part, unit * UNIT, index, x, next)
-                              : store_and_compute<true>(r, part, unit * UNIT, index, x, next);
+                usual = usual && two_forms ? store_and_compute<false>(r, part, unit * UNIT, index, x, next)
+                                           : store_and_compute<true>(r, part, unit * UNIT, index, x, next);
                 unit += UNITS;
             } else {
                 store(r, part, unit * UNIT, units, index, x, usual);
