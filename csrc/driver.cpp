@@ -108,23 +108,22 @@ void run_range(const Work &w, int64_t tensor, int64_t start, int64_t end, double
     }
 }
 
-// Lines of the processor's cache that are fetched of a tensor before it is its turn.
-constexpr int LINE = 64, LINES = 8;
+// Bytes that are fetched of a tensor before it is its turn, and the gap that memory may have and still follow on what is
+// read before it: the processor fetches that unasked.
+constexpr int64_t BEGINNING = 512;
+constexpr uint64_t GAP = 64;
 
-// Of memory that does not follow on what is read before it, which the processor fetches unasked. (A function that only
-// fetches is dropped by GCC unless it is inlined.)
-INLINE void fetch(const void *next, const void *end) {
-    if ((uint64_t)next - (uint64_t)end <= LINE) return;
-    for (int line = 0; line < LINES; line++) __builtin_prefetch((const char *)next + line * LINE);
+INLINE void fetch_beginning(const void *next, const void *end) {
+    if ((uint64_t)next - (uint64_t)end > GAP) fetch(next, BEGINNING);
 }
 
-// The beginning of a tensor and of its gradient. Their states are one memory where they are many.
+// The beginning of the next tensor and of its gradient. Their states are one memory where they are many.
 INLINE void fetch_after(const Work &w, int64_t tensor) {
     const collage_job &job = *w.job;
     const int64_t count = job.sizes[tensor], next = tensor + 1;
     if (next == job.count) return;
-    fetch(job.parts[next], (const char *)job.parts[tensor] + count / job.elements[0] * job.cells[0]);
-    fetch(job.grads[next], (const char *)job.grads[tensor] + count * job.cells[w.kernel->parts]);
+    fetch_beginning(job.parts[next], (const char *)job.parts[tensor] + count / job.elements[0] * job.cells[0]);
+    fetch_beginning(job.grads[next], (const char *)job.grads[tensor] + count * job.cells[w.kernel->parts]);
 }
 
 // What each thread does: of all tensors laid end to end it takes as many as a piece has, until none are left, and does the
