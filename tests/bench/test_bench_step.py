@@ -277,6 +277,15 @@ def test_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) 
     assert "finds none; use --device cpu" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch finds none here")
+def test_on_a_gpu_the_host_and_a_copy_are_timed_too(bench: Bench) -> None:
+    rows = by_name(bench("--device", "cuda", "--strategies", "plus", "--backends", "triton", "--peers", "none"))
+    assert {row["status"] for row in rows.values()} == {"timed"}
+    assert rows["copy"]["bytes_moved_per_param"] == 4
+    assert rows["copy"]["gb_per_s"] > 0
+    assert all(row["host_ms"] > 0 for row in rows.values())
+
+
 def test_a_folder_as_json_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert here("--shapes", "tiny", "--json", tmp_path) == 2
     assert f"--json must be a file, got the folder {tmp_path}" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections import Counter
 
 import pytest
+import torch
 
-from collage.bench.timing import MIN_ROUNDS, Lane, error_text, order, run_rounds, warm_up
+from collage.bench.timing import MIN_ROUNDS, Lane, error_text, order, run_ahead, run_rounds, warm_up
 
 
 class Silent:
@@ -93,6 +95,36 @@ def test_the_time_of_a_part_of_the_work_is_scaled() -> None:
     lane = Lane("part", lambda: None, rounds=1, scale=4.0)
     run_rounds([lane], clock, 1, Silent())
     assert lane.seconds == {0: 4.0}
+
+
+def test_a_gpu_is_kept_busy_for_longer_than_the_host_takes_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    cycles: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("idle"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda count: (seen.append("busy"), cycles.append(count)))
+
+    def run() -> None:
+        seen.append("run")
+        time.sleep(0.01)
+
+    lane = Lane("gpu", run, lambda: seen.append("before"), rounds=1)
+    run_ahead(lane)
+    assert seen == ["before", "idle", "run"] * 3
+    assert lane.host is not None
+    assert lane.host >= 0.01
+    seen.clear()
+    run_rounds([lane], clock, 1, Silent())
+    assert seen == ["before", "busy", "run"]
+    # At 2 GHz, which no GPU's clock is much above.
+    assert cycles[0] / 2e9 > lane.host
+
+
+def test_a_lane_that_fails_when_the_host_is_timed_has_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    lane = Lane("bad", lambda: [][0], rounds=1)
+    run_ahead(lane)
+    run_rounds([lane], clock, 1, Silent())
+    assert (lane.error, lane.seconds) == ("IndexError: list index out of range", {})
 
 
 def test_a_lane_that_fails_in_the_warm_up_has_no_turn() -> None:

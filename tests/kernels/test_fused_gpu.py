@@ -29,6 +29,7 @@ import collage
 from collage import Tiled, TiledTensor
 from collage.kernels import eager, fused
 from collage.kernels.contract import Inputs
+from collage.numerics import BF16, round_nearest
 from collage.storage import matmul
 from collage.storage.tensor import read
 from comparing import any_bits, bits, snapshot, values
@@ -37,6 +38,9 @@ from comparing import assert_same as assert_same_optimizers
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch finds none here"),
     pytest.mark.skipif(bool(fused.unavailable()), reason=f"the Triton step cannot run: {fused.unavailable()}"),
+    # torch says once in a process what its tools do not promise.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:.*Profiler clears events at the end of each cycle"),
 ]
 SIZES = [1, 7, 0, 1023, 1024, 1025, 4099, 300_000]
 # Of parameters in tiles: width, rows and columns of a tile; and numbers of rows of three tensors.
@@ -66,6 +70,21 @@ def test_steps_are_the_eager_ones_for_any_bit_patterns(strategy: str, dtype: tor
     for step, (lr, decay, maximize) in enumerate([(10.0, 0.0, True), (1e-3, 0.5, False)]):
         hyper = replace(HYPER, lr=lr, weight_decay=decay, maximize=maximize)
         step_both(batch, other, Inputs(hyper, gradients(batch, torch.float32 if step else dtype, step, wild)))
+
+
+def test_every_float32_number_is_rounded_to_bfloat16_as_defined() -> None:
+    # With beta1 = 0 the new first moment is the gradient.
+    size, hyper = 2**26, replace(HYPER, beta1=0.0)
+    batch = make_batch(layout_of("plain", torch.bfloat16), torch.bfloat16, [size], device="cuda")
+    for first in range(0, 2**32, size):
+        patterns = torch.arange(first, first + size, dtype=torch.int64, device="cuda").to(torch.int32)
+        grad = patterns.view(torch.float32)
+        fused.step(batch, Inputs(hyper, [grad]))
+        # The sum of products that it is makes of -0 a 0, and of nothing else another number.
+        wanted = round_nearest(grad + 0.0, BF16)
+        (state,) = batch.states
+        assert torch.equal(bits(state["exp_avg"]), bits(wanted.to(torch.bfloat16))), hex(first)
+        state["exp_avg"].zero_()
 
 
 @pytest.mark.parametrize("block", [122, 100, 96, 32])

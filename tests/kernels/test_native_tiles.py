@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import collage
 from collage import Tiled, TiledTensor, kernels
-from collage.kernels import Batch, Hyper, Inputs, Layout, native
+from collage.kernels import Batch, Hyper, Inputs, Layout, eager, native
 from collage.numerics import E5M2
 from collage.storage import Expansion, Remainder, Rounded, expansion, rounded
 from collage.storage.tensor import read
@@ -93,6 +93,15 @@ def assert_same_steps(isa: str, mine: Batch, eager: Batch, steps: list[Inputs]) 
         if sums is not None and wanted is not None:
             assert torch.equal(sums[:, 3:], wanted[:, 3:])
             assert sums.isnan().equal(wanted.isnan())
+
+
+@every_strategy
+@pytest.mark.parametrize("rows", [1, 8])
+def test_tensors_step_as_in_the_eager_definition_where_its_pieces_end_within_rows(rows: int, strategy: str) -> None:
+    shape = (300, 768)
+    assert eager.CHUNK < 300 * 768
+    assert eager.CHUNK % 768
+    assert_steps_as_eager(native.instruction_sets()[0], strategy, shape, rows, torch.bfloat16, audit=True)
 
 
 @every_isa

@@ -42,6 +42,26 @@ def test_pieces_of_any_length_give_the_same_bits(strategy: str, monkeypatch: pyt
         assert_same(run(SHAPES, strategy, backend="eager"), whole)
 
 
+@pytest.mark.parametrize("tile", [(1, 128), (2, 64), 32], ids=str)
+@pytest.mark.parametrize("strategy", ["fp8", "fp8-native", "fp8-3", "naive-fp8"])
+def test_pieces_of_any_length_give_the_same_bits_in_tiles(
+    strategy: str, tile: int | tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stepped() -> collage.AdamW:
+        torch.manual_seed(0)
+        model = collage.to_fp8_(nn.Linear(384, 40, bias=False), strategy, tile=tile)
+        opt = collage.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, strategy=strategy, seed=3, backend="eager")
+        for step in range(3):
+            model.weight.grad = values((40, 384), step)
+            opt.step()
+        return opt
+
+    whole = stepped()
+    for chunk in (256, 1024):
+        cut_into(monkeypatch, chunk)
+        assert_same(stepped(), whole)
+
+
 @pytest.mark.parametrize("strategy", ["plain", "plus-nearest", "kahan"])
 def test_pieces_of_any_length_give_the_same_bits_in_working_arithmetic(strategy, monkeypatch) -> None:
     whole = run([(300,)], strategy, arithmetic="working")

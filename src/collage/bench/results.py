@@ -146,6 +146,7 @@ def row(measured: Measured, run: dict[str, Any]) -> dict[str, Any]:
         "ms_p10": quantile(milliseconds, 0.1),
         "ms_p50": middle,
         "ms_p90": quantile(milliseconds, 0.9),
+        "host_ms": None if measured.host is None else 1e3 * measured.host,
         "ratio": _median(measured.ratios),
         "ratio_to_joined": _median(measured.joined),
         "bytes_moved_per_param": moved,

@@ -20,9 +20,11 @@ from collage import kernels
 from collage.bench.contenders import Contender, Widths, copy_all, state_bytes
 from collage.bench.plan import NULL_ELEMENTS, Plan, groups
 from collage.bench.shapes import ShapeSet, Values
-from collage.bench.timing import Clock, Lane, Watcher, clock_of, error_text, run_rounds, warm_up
+from collage.bench.timing import Clock, Lane, Watcher, clock_of, error_text, run_ahead, run_rounds, warm_up
 
 NOT_KNOWN = "it is not known what it moves on these tensors"
+COPY: Widths = (), (2, 2)
+"""What torch's copy moves, by which the bandwidth of a GPU is known."""
 NULL_BACKEND = {"cpu": "native", "cuda": "triton"}
 
 
@@ -39,6 +41,7 @@ class Measured:
         ratios: its step to the reference's in the same round.
         shares: the null kernel's time to its own in the same round.
         joined: its step to that on the same elements in one tensor, in the same round.
+        host: seconds that a step takes on the host, on a GPU.
         state_bytes: bytes of its state.
         status: "timed", "failed" or "skipped".
         reason: why it was not timed.
@@ -53,6 +56,7 @@ class Measured:
     ratios: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     joined: list[float] = field(default_factory=list)
+    host: float | None = None
     state_bytes: int | None = None
     status: str = "timed"
     reason: str = ""
@@ -91,10 +95,19 @@ def _null_entry(step: NullStep, shapes: ShapeSet, widths: Widths, plan: Plan, cl
     count = min(shapes.parameters, NULL_ELEMENTS)
     # Written, not zeros: pages of zeros are one page of memory until they are written.
     flat = [[torch.ones(count, dtype=dtypes[width], device=plan.device) for width in each] for each in widths]
-    name = "null " + "+".join("".join(map(str, each)) for each in widths)
-    lane = Lane(name, lambda: step(flat[0], flat[1]), scale=shapes.parameters / count)
-    warm_up(lane, clock, plan.rounds, plan.budget)
+    if widths == COPY:
+        name, run = "copy", lambda: flat[1][0].copy_(flat[1][1])
+    else:
+        name, run = "null " + "+".join("".join(map(str, each)) for each in widths), lambda: step(flat[0], flat[1])
+    lane = Lane(name, run, scale=shapes.parameters / count)
+    _warm_up(lane, clock, plan)
     return _Entry(name, shapes, lane, widths=widths)
+
+
+def _warm_up(lane: Lane, clock: Clock, plan: Plan) -> None:
+    warm_up(lane, clock, plan.rounds, plan.budget)
+    if plan.device.type == "cuda":
+        run_ahead(lane)
 
 
 # ---- a run ---------------------------------------------------------------------------------------------------------
@@ -137,7 +150,7 @@ def _entry(contender: Contender, shapes: ShapeSet, values: Values, plan: Plan, c
 
         lane = entry.lane = Lane(contender.name, stepper.step, restore_gradients)
         before = params[0].detach().flatten()[:4096].clone()
-        warm_up(lane, clock, plan.rounds, plan.budget)
+        _warm_up(lane, clock, plan)
         if not lane.error and torch.equal(before, params[0].detach().flatten()[:4096]):
             lane.error = "its steps leave the parameters as they are"
         if not lane.error:
@@ -167,7 +180,8 @@ def _measure(contenders: Sequence[Contender], shapes: ShapeSet, plan: Plan, watc
             entries.append(_entry(contender, each, values, plan, clock))
         if step is not None:
             watcher.warming(f"null kernels on {each.name}")
-            entries += [_null_entry(step, each, widths, plan, clock) for widths in _widths(entries, each)]
+            widths = [*_widths(entries, each), *([COPY] if plan.device.type == "cuda" else [])]
+            entries += [_null_entry(step, each, those, plan, clock) for those in widths]
     run_rounds([entry.lane for entry in entries], clock, plan.rounds, watcher)
     return [_measured(entry, entries, plan, reason) for entry in entries]
 
@@ -183,7 +197,7 @@ def _measured(entry: _Entry, entries: Sequence[_Entry], plan: Plan, no_null: str
     nulls = {(other.widths, other.shapes.name): other.lane for other in entries if other.widths}
     shapes, lane = entry.shapes, entry.lane
     found = Measured(entry.name, shapes, entry.contender, entry.widths, list(lane.seconds.values()))
-    found.state_bytes = entry.state_bytes
+    found.host, found.state_bytes = lane.host, entry.state_bytes
     if lane.error:
         found.status, found.reason = "failed", lane.error
     found.ratios = _paired(lane, lanes[plan.reference.name, shapes.name])

@@ -33,7 +33,7 @@ class Component:
         dtype: its torch dtype.
         elements: how many consecutive elements of a row one entry serves (1, or the size of a block).
         rows: how many rows it serves: 1, or the height of a tile; a tensor's last tiles may be less high.
-        width: elements of a row, where an entry serves several rows.
+        width: elements of a row where the entries are of tiles, of which whole rows are stepped together.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Component:
     @property
     def span(self) -> int:
         """Consecutive elements of the tensor that are stepped together: a block, or a row of tiles."""
-        return self.elements if self.rows == 1 else self.rows * self.width
+        return self.rows * self.width if self.width else self.elements
 
     def shape(self, whole: torch.Size) -> tuple[int, ...]:
         """Its shape for a logical tensor of the shape ``whole``: the same, or [rows of entries, entries of a row], so
@@ -61,7 +61,7 @@ class Component:
 
     def cut(self, part: Tensor, start: int, end: int) -> Tensor:
         """The entries, flat, of a tensor's elements from ``start`` to ``end``: whole spans, but for a tensor's end."""
-        entries = 1 if self.rows == 1 else self.width // self.elements
+        entries = self.width // self.elements if self.width else 1
         return part.view(-1)[start // self.span * entries : -(-end // self.span) * entries]
 
 

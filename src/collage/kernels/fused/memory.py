@@ -6,14 +6,14 @@ live as float32 that are numbers of its format, or as int32.
 """
 
 # Triton's annotations are values, not types.
-# pyright: reportArgumentType=false, reportAssignmentType=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from collage.kernels.fused.elements import as_bits, as_float, e4m3_number, e4m3_pattern
+from collage.kernels.fused.elements import bf16_number, bf16_pattern, e4m3_number, e4m3_pattern
 
 # What a lo of float16 or of e4m3 is kept times, where it is kept scaled (``Expansion._factor``).
 FACTOR = tl.constexpr(2.0**11)
@@ -80,7 +80,7 @@ def load(
     else:
         x = tl.load(where, mask=mask_of(start, end, stride, SIZE, ENTRY, COLUMNS), other=0)
     if FORMAT == "bf16":
-        return as_float(x.to(tl.int32) << 16)
+        return bf16_number(x)
     elif FORMAT == "scaled fp16":
         return x.to(tl.float32) * (1.0 / FACTOR)
     elif FORMAT == "fp16" or FORMAT == "fp32":
@@ -103,7 +103,7 @@ def store(
     """The opposite of :func:`load`."""
     where = pointers(address, start, offsets_of(stride, SIZE, ENTRY, COLUMNS), FORMAT, WIDE)
     if FORMAT == "bf16":
-        x = (as_bits(x) >> 16).to(tl.int16)
+        x = bf16_pattern(x)
     elif FORMAT == "scaled fp16":
         x = (x * FACTOR).to(tl.float16)
     elif FORMAT == "fp16":

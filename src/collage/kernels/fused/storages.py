@@ -13,7 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from collage.kernels.fused.elements import as_bits, as_float, nearest, nearest_number, or_nan, rounded_number
+from collage.kernels.fused.elements import (
+    PTX,
+    as_bits,
+    as_float,
+    nearest,
+    nearest_number,
+    nearest_or_nan,
+    or_nan,
+    rounded_number,
+    stochastic_number,
+)
 from collage.kernels.fused.integers import codes_of, decoded, join_remainder, scale_of, split_remainder
 from collage.kernels.fused.memory import FACTOR, FACTOR8
 
@@ -49,7 +59,7 @@ def expansion(x, draw, STORED: tl.constexpr):
     hi = nearest_number(x, FORMAT)
     total = low_part(residual(x, hi), draw, FORMAT, SECOND, STOCHASTIC) + hi
     hi = nearest_number(total, FORMAT)
-    return or_nan(x, hi, FORMAT), low_part(residual(total, hi), draw, FORMAT, SECOND, False)
+    return nearest_or_nan(x, hi, FORMAT), low_part(residual(total, hi), draw, FORMAT, SECOND, False)
 
 
 @triton.jit
@@ -66,7 +76,7 @@ def expansion3(x, draw, STORED: tl.constexpr):
     hi = nearest_number(total, FORMAT)
     rest = residual(total, hi)
     lo = low_part(rest, draw, FORMAT, SECOND, False)
-    return or_nan(x, hi, FORMAT), lo, low_part(residual(rest, lo), draw, FORMAT, THIRD, False)
+    return nearest_or_nan(x, hi, FORMAT), lo, low_part(residual(rest, lo), draw, FORMAT, THIRD, False)
 
 
 @triton.jit
@@ -173,7 +183,7 @@ def numbers_of(total, update, parts, draw, STORED: tl.constexpr):
     STOCHASTIC: tl.constexpr = STORED[3]
     WIDTH: tl.constexpr = STORED[4]
     if STORED[0] == "rounded":
-        new = or_nan(total, rounded_number(total, draw, FORMAT, STOCHASTIC), FORMAT)
+        new = or_nan(total, stochastic_number(total, draw, FORMAT), FORMAT) if STOCHASTIC else nearest(total, FORMAT)
         return new, new
     elif STORED[0] == "master":
         return nearest(total, FORMAT), total
@@ -188,6 +198,16 @@ def numbers_of(total, update, parts, draw, STORED: tl.constexpr):
         return expansion3(total, draw, STORED)
     else:
         return expansion(total, draw, STORED)
+
+
+@triton.jit
+def to_be_stored(total, parts, STORED: tl.constexpr):
+    """What ``memory.store_parts`` is given for the new components ``parts`` of the value ``total``: this one itself
+    where the store rounds as the storage does, so that nothing is rounded, unpacked and packed again."""
+    if PTX and STORED[1] == "bf16" and STORED[6] == 0 and (STORED[0] == "rounded" or STORED[0] == "master"):
+        return parts if STORED[3] else (total, total)
+    else:
+        return parts
 
 
 @triton.jit

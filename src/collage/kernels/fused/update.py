@@ -17,7 +17,7 @@ from collage.kernels.fused.advance import POWERS, SCALARS
 from collage.kernels.fused.elements import random_word
 from collage.kernels.fused.integers import square_root
 from collage.kernels.fused.memory import alignment, load, load_parts, mask_of, offsets_of, store_parts
-from collage.kernels.fused.storages import exact, moved, parts_of, seen, value_of
+from collage.kernels.fused.storages import exact, moved, parts_of, seen, to_be_stored, value_of
 
 ADDRESSES = tl.constexpr(tables.ADDRESSES)
 SUMS = tl.constexpr(len(contract.SUMS))
@@ -154,18 +154,19 @@ def step_tile(
     m = first_moment(value_of(old_m, EXP_AVG), g, scalar)
     word2 = words_of(keys, first, start, offsets, highs, 1, SECOND_WORD, CROSSES, WORDS)
     new_m = parts_of(m, m, old_m, 0, (word2 & 0xFFFF).to(tl.int32), EXP_AVG)
-    store_parts(m_at, start, end, stride, new_m, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
+    store_parts(m_at, start, end, stride, to_be_stored(m, new_m, EXP_AVG), EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
 
     v = second_moment(value_of(old_v, EXP_AVG_SQ), g, scalar)
     word = words_of(keys, first, start, offsets, highs, 0, FIRST_WORD, CROSSES, WORDS)
     new_v = parts_of(v, v, old_v, 0, (word >> 16).to(tl.int32), EXP_AVG_SQ)
-    store_parts(v_at, start, end, stride, new_v, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
+    store_parts(v_at, start, end, stride, to_be_stored(v, new_v, EXP_AVG_SQ), EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
 
     u = update_of(m, square_root(v, EXP_AVG_SQ), scalar)
     p = value_of(old_p, PARAM)
     u = decayed(u, p, scalar)
-    new_p = parts_of(p + u, u, old_p, new_exponent, (word & 0xFFFF).to(tl.int32), PARAM)
-    store_parts(p_at, start, end, stride, new_p, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
+    total = p + u
+    new_p = parts_of(total, u, old_p, new_exponent, (word & 0xFFFF).to(tl.int32), PARAM)
+    store_parts(p_at, start, end, stride, to_be_stored(total, new_p, PARAM), PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     if AUDIT:
         e = moved(new_p, old_p, PARAM)
         e_hi = seen(new_p, PARAM) - seen(old_p, PARAM)
