@@ -25,6 +25,8 @@ from collage.bench.timing import Clock, Lane, Watcher, clock_of, error_text, run
 NOT_KNOWN = "it is not known what it moves on these tensors"
 COPY: Widths = (), (2, 2)
 """What torch's copy moves, by which the bandwidth of a GPU is known."""
+COPIES = 8
+"""One after the other: a single one begins slowly."""
 NULL_BACKEND = {"cpu": "native", "cuda": "triton"}
 
 
@@ -96,12 +98,13 @@ def _null_entry(step: NullStep, shapes: ShapeSet, widths: Widths, plan: Plan, cl
     # Written, not zeros: pages of zeros are one page of memory until they are written.
     flat = [[torch.ones(count, dtype=dtypes[width], device=plan.device) for width in each] for each in widths]
     if widths == COPY:
-        name, run = "copy", lambda: flat[1][0].copy_(flat[1][1])
+        lane = Lane("copy", lambda: [flat[1][0].copy_(flat[1][1]) for _ in range(COPIES)], scale=1 / COPIES)
     else:
-        name, run = "null " + "+".join("".join(map(str, each)) for each in widths), lambda: step(flat[0], flat[1])
-    lane = Lane(name, run, scale=shapes.parameters / count)
+        name = "null " + "+".join("".join(map(str, each)) for each in widths)
+        lane = Lane(name, lambda: step(flat[0], flat[1]))
+    lane.scale *= shapes.parameters / count
     _warm_up(lane, clock, plan)
-    return _Entry(name, shapes, lane, widths=widths)
+    return _Entry(lane.name, shapes, lane, widths=widths)
 
 
 def _warm_up(lane: Lane, clock: Clock, plan: Plan) -> None:
