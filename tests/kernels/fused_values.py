@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -28,6 +30,7 @@ from fused_batches import (
     wild,
 )
 from torch import Tensor
+from triton.runtime.interpreter import TensorHandle
 
 import collage
 from collage.kernels import eager, fused
@@ -100,6 +103,38 @@ def test_any_combination_of_storages_steps_as_the_eager_one(number: int) -> None
     assert fused.serves(layout, dtype)
     batch = make_batch(layout, dtype, [400], wild, steps=[2.0])
     step_both(batch, copy_of(batch), Inputs(HYPER, gradients(batch, dtype, number, wild)))
+
+
+def run_ptx(asm: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
+    """What the instructions in ``elements`` do, after PTX's manual: from bfloat16 to float32, and to the nearest, where
+    every nan becomes 0x7FFF."""
+    (x,) = args
+    data = x.handle.data
+    if asm.startswith("cvt.rn.bf16x2.f32"):
+        made = round_nearest(torch.from_numpy(data.copy()), BF16).to(torch.bfloat16).view(torch.int16).numpy()
+        made[np.isnan(data)] = 0x7FFF
+    else:
+        assert asm.startswith("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+        made = (data.astype(np.int32) << 16).view(np.float32)
+    return tl.tensor(TensorHandle(made, dtype), tl.block_type(dtype, list(x.shape)))
+
+
+@pytest.mark.parametrize("audit", [False, True])
+@pytest.mark.parametrize("number", range(len(LAYOUTS)))
+def test_any_combination_of_storages_steps_so_as_ptx(number: int, audit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(asm: str, *args: Any) -> Any:
+        ran.append(asm)
+        return run_ptx(asm, *args)
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", run)
+    for module in (elements, storages):
+        monkeypatch.setattr(module, "PTX", tl.constexpr(True))
+    fill = normal if audit else wild
+    batch = make_batch(LAYOUTS[number], torch.bfloat16, [400], fill, steps=[2.0])
+    step_both(batch, copy_of(batch), Inputs(HYPER, gradients(batch, torch.bfloat16, number, fill), audit=audit))
+    assert ran
 
 
 @pytest.mark.parametrize("number", range(0, len(LAYOUTS), 3))

@@ -32,7 +32,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.mark.parametrize(
     ("name", "options", "least"),
     [
-        ("fused_values.py", ["-k", "combination"], 80),
+        ("fused_values.py", ["-k", "combination"], 230),
         ("fused_values.py", ["-k", "not combination"], 140),
         ("fused_tile_values.py", [], 30),
     ],

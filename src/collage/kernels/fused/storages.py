@@ -51,13 +51,21 @@ def low_part(x, draw, FORMAT: tl.constexpr, SECOND: tl.constexpr, STOCHASTIC: tl
 
 
 @triton.jit
-def expansion(x, draw, STORED: tl.constexpr):
-    """``Expansion.store``: rounds to the grid of lo, then splits. A nan passes through as some number without a lo."""
+def on_the_grid(x, draw, STORED: tl.constexpr):
+    """x rounded to the grid of lo: a number that hi and lo are the parts of."""
     FORMAT: tl.constexpr = STORED[1]
     SECOND: tl.constexpr = STORED[2]
     STOCHASTIC: tl.constexpr = STORED[3]
     hi = nearest_number(x, FORMAT)
-    total = low_part(residual(x, hi), draw, FORMAT, SECOND, STOCHASTIC) + hi
+    return low_part(residual(x, hi), draw, FORMAT, SECOND, STOCHASTIC) + hi
+
+
+@triton.jit
+def expansion(x, draw, STORED: tl.constexpr):
+    """``Expansion.store``: rounds to the grid of lo, then splits. A nan passes through as some number without a lo."""
+    FORMAT: tl.constexpr = STORED[1]
+    SECOND: tl.constexpr = STORED[2]
+    total = on_the_grid(x, draw, STORED)
     hi = nearest_number(total, FORMAT)
     return nearest_or_nan(x, hi, FORMAT), low_part(residual(total, hi), draw, FORMAT, SECOND, False)
 
@@ -201,11 +209,18 @@ def numbers_of(total, update, parts, draw, STORED: tl.constexpr):
 
 
 @triton.jit
-def to_be_stored(total, parts, STORED: tl.constexpr):
-    """What ``memory.store_parts`` is given for the new components ``parts`` of the value ``total``: this one itself
-    where the store rounds as the storage does, so that nothing is rounded, unpacked and packed again."""
-    if PTX and STORED[1] == "bf16" and STORED[6] == 0 and (STORED[0] == "rounded" or STORED[0] == "master"):
-        return parts if STORED[3] else (total, total)
+def to_be_stored(total, parts, draw, STORED: tl.constexpr):
+    """What ``memory.store_parts`` is given for the new components ``parts`` of the value ``total``: numbers not rounded
+    yet where the store rounds as the storage does, so that nothing is rounded, unpacked and packed again."""
+    if PTX and STORED[1] == "bf16" and STORED[6] == 0:
+        if STORED[0] == "expansion":
+            # The compiler finds that it has computed this already.
+            whole = on_the_grid(total, draw, STORED)
+            return whole, residual(whole, nearest_number(whole, "bf16"))
+        elif STORED[0] == "master" or (STORED[0] == "rounded" and not STORED[3]):
+            return total, total
+        else:
+            return parts
     else:
         return parts
 

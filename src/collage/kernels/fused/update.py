@@ -153,20 +153,25 @@ def step_tile(
     # Each moment is stored as soon as it can be: of registers, the most are wanted here.
     m = first_moment(value_of(old_m, EXP_AVG), g, scalar)
     word2 = words_of(keys, first, start, offsets, highs, 1, SECOND_WORD, CROSSES, WORDS)
-    new_m = parts_of(m, m, old_m, 0, (word2 & 0xFFFF).to(tl.int32), EXP_AVG)
-    store_parts(m_at, start, end, stride, to_be_stored(m, new_m, EXP_AVG), EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
+    draw = (word2 & 0xFFFF).to(tl.int32)
+    new_m = parts_of(m, m, old_m, 0, draw, EXP_AVG)
+    written = to_be_stored(m, new_m, draw, EXP_AVG)
+    store_parts(m_at, start, end, stride, written, EXP_AVG, SIZE, ENTRY, COLUMNS, WIDE)
 
     v = second_moment(value_of(old_v, EXP_AVG_SQ), g, scalar)
     word = words_of(keys, first, start, offsets, highs, 0, FIRST_WORD, CROSSES, WORDS)
-    new_v = parts_of(v, v, old_v, 0, (word >> 16).to(tl.int32), EXP_AVG_SQ)
-    store_parts(v_at, start, end, stride, to_be_stored(v, new_v, EXP_AVG_SQ), EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
+    draw = (word >> 16).to(tl.int32)
+    new_v = parts_of(v, v, old_v, 0, draw, EXP_AVG_SQ)
+    written = to_be_stored(v, new_v, draw, EXP_AVG_SQ)
+    store_parts(v_at, start, end, stride, written, EXP_AVG_SQ, SIZE, ENTRY, COLUMNS, WIDE)
 
     u = update_of(m, square_root(v, EXP_AVG_SQ), scalar)
     p = value_of(old_p, PARAM)
     u = decayed(u, p, scalar)
-    total = p + u
-    new_p = parts_of(total, u, old_p, new_exponent, (word & 0xFFFF).to(tl.int32), PARAM)
-    store_parts(p_at, start, end, stride, to_be_stored(total, new_p, PARAM), PARAM, SIZE, ENTRY, COLUMNS, WIDE)
+    draw = (word & 0xFFFF).to(tl.int32)
+    new_p = parts_of(p + u, u, old_p, new_exponent, draw, PARAM)
+    written = to_be_stored(p + u, new_p, draw, PARAM)
+    store_parts(p_at, start, end, stride, written, PARAM, SIZE, ENTRY, COLUMNS, WIDE)
     if AUDIT:
         e = moved(new_p, old_p, PARAM)
         e_hi = seen(new_p, PARAM) - seen(old_p, PARAM)
