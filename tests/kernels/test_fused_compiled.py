@@ -267,8 +267,8 @@ def test_tiles_round_as_written_in_accesses_of_8_elements_and_registers(
     assert set(re.findall(r"ttg.convert_layout.* : tensor<(\w+)x\w+, .*->", kernel.asm["ttgir"])) <= {"16x1", "16"}
     used = resources(kernel, tmp_path)
     assert used["LOCAL"] == used["STACK"] == 0, "registers spill"
-    # The compiler of Triton 3.6 takes 184 for three numbers, that of 3.9 fewer than 128.
-    assert used["REG"] <= (192 if strategy == "fp8-3" else 128)
+    # The compiler of Triton 3.6 takes 184 for three numbers.
+    assert used["REG"] <= (192 if strategy == "fp8-3" and triton.__version__.startswith("3.6.") else 128)
     print(f"{strategy} sm{driver.target.arch}: {used['REG']} registers")
 
 
